@@ -1,0 +1,47 @@
+# make demo    a packaged assistant talks to simulated users drawn from every population → runs/demo/
+# make test    the whole offline suite, and the core lane without torch
+# make lint    ruff and mypy
+#
+# PYTHON=python3.12   another interpreter (3.11 or newer)
+# TORCH_INDEX=URL     where torch's CPU wheel is, if your package index has none
+
+PYTHON ?= python3
+PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
+EXTRAS := hf,openai,sampling,report,dev
+
+.PHONY: demo test test-all lint fetch clean
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("usp-env needs Python 3.11 or newer: make PYTHON=python3.12 …") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	@echo "installing (a minute or two)…"
+ifdef TORCH_INDEX
+	.venv/bin/python -m pip install $(PIP_FLAGS) --index-url $(TORCH_INDEX) torch
+endif
+	.venv/bin/python -m pip install $(PIP_FLAGS) -e '.[$(EXTRAS)]'
+	@touch $@
+
+.venv-core/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-core
+	.venv-core/bin/python -m pip install $(PIP_FLAGS) -e . pytest hypothesis
+	@touch $@
+
+fetch: .venv/ready
+	.venv/bin/usp-env fetch
+
+demo: fetch
+	.venv/bin/usp-env play --user usp-mini --assistant smollm2-135m --population all --episodes 10 --turns 4 --seed 0 \
+		--out runs/demo --overwrite
+	.venv/bin/usp-env report runs/demo
+
+test: fetch .venv-core/ready
+	.venv/bin/python -m pytest -q
+	.venv-core/bin/python -m pytest -q tests/usp_env
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv .venv-core runs *.egg-info

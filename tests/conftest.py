@@ -1,0 +1,52 @@
+"""Shared doubles: a handful of people, speakers that say what a test tells them to, and the assets marker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from usp_env.dialogue import View
+from usp_env.profiles import Profile, ProfileBank
+from usp_env.records import Reply
+from usp_env.sampling.base import UniformSampler
+
+os.environ.setdefault("USP_ENV_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class Speaker:
+    """A partner that calls `answer(view, seed)`; strings become replies."""
+
+    def __init__(self, answer: Callable[[View, int], Reply | str], role: str = "user") -> None:
+        self.answer, self.role, self.spec, self.calls = answer, role, "test", []
+
+    def respond(self, views: Sequence[View], seeds: Sequence[int]) -> list[Reply]:
+        self.calls.append(len(views))
+        replies = [self.answer(view, seed) for view, seed in zip(views, seeds, strict=True)]
+        return [Reply(r) if isinstance(r, str) else r for r in replies]
+
+
+@pytest.fixture
+def bank() -> ProfileBank:
+    return ProfileBank(
+        [Profile(f"p{i}", f"You are person {i}.", f"You write style {i}.", split="train") for i in range(6)], "six"
+    )
+
+
+@pytest.fixture
+def sampler(bank: ProfileBank) -> UniformSampler:
+    return UniformSampler(bank)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
+    from usp_env.models import assets
+
+    fetched = all(assets.available(name) for name in ("smollm2-135m", "minilm"))
+    chosen = config.getoption("-m") or ""
+    for item in items:
+        if "assets" in item.keywords and not fetched:
+            item.add_marker(pytest.mark.skip(reason="needs models: usp-env fetch"))
+        if "slow" in item.keywords and "slow" not in chosen:
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))

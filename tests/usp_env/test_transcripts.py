@@ -1,0 +1,261 @@
+"""Run directories, transcripts, replay, roll-outs."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import Speaker
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from usp_env.dialogue import END
+from usp_env.driver import Conductor
+from usp_env.env import DialogueEnv, make_conductor
+from usp_env.errors import BackendError, RunDirectoryError, SpecError, TranscriptError, UspError
+from usp_env.records import EpisodeSpec, Reply
+from usp_env.replay import go_on, replay
+from usp_env.rollout import plan, roll
+from usp_env.transcripts import RunDirectory, read_transcripts, transcribe
+from usp_env.wrappers import LastUtterance, RecordTranscripts
+
+PROSE = ("a soup recipe please", "without onions", "how long does it keep?", "and in the freezer?", "what about bread with it")
+
+
+def user(view: object, seed: int) -> Reply:
+    """Every kind of ending, by person."""
+    index, said = int(view.profile.id[1:]), sum(m.role == "user" for m in view.messages)
+    endings = {
+        0: Reply("", ended=True),
+        1: Reply("bye then", ended=True),
+        2: Reply("", error=BackendError("server gone")),
+        3: Reply(""),
+        4: Reply(("thanks!", "ok cheers mate", "I really appreciate it")[said % 3]),
+    }
+    if said == 0 or index == 5 or (index != 4 and said < 2):
+        return Reply(f"{PROSE[said % 5]} {seed % 9973}")
+    return endings[index]
+
+
+def conductor(sampler: object, **settings: object) -> Conductor:
+    return make_conductor(Speaker(user), sampler, None, population="uniform", max_turns=4, **settings)
+
+
+def agent(view: object, seed: int) -> Reply:
+    return Reply(f"<think>{seed}</think>answer {len(view.messages)} \u2028 🙂")
+
+
+SPECS = [EpisodeSpec(f"p{i % 6}", "uniform", 100 + i) for i in range(12)]
+
+
+def rolled(sampler: object, lanes: int = 4, speaker: object = agent) -> list[object]:
+    return roll(conductor(sampler), Speaker(speaker, "assistant"), SPECS, lanes)
+
+
+def test_roll_gives_the_same_episodes_for_any_number_of_lanes(sampler: object) -> None:
+    by_lanes = [{e.id: transcribe(e, {}) for e in rolled(sampler, lanes)} for lanes in (1, 5, 64)]
+    assert by_lanes[0] == by_lanes[1] == by_lanes[2]
+    reasons = [by_lanes[0][f"{100 + i:014x}"].end_reason for i in range(6)]
+    assert reasons == ["user_ended", "user_ended", "infra", "bad_user", "gratitude_loop", "turn_limit"]
+
+
+def test_replay_rebuilds_every_kind_of_ending(sampler: object) -> None:
+    for episode in rolled(sampler):
+        transcript = transcribe(episode, {"user": "x"})
+        assert transcribe(replay(transcript), {"user": "x"}) == transcript
+
+
+def test_replay_of_the_agents_own_endings(sampler: object) -> None:
+    for seat, said in [("assistant", ""), ("assistant", "x" * 17_000), ("user", END), ("user", f"ok {END}"), ("user", "")]:
+        role = "user" if seat == "assistant" else "assistant"
+        env = DialogueEnv(Speaker(lambda view, seed: f"reply {seed}", role), sampler, None, seat, population="uniform")
+        env.reset(seed=0)
+        env.step("hello")
+        env.step(said)
+        transcript = transcribe(env.episode, {})
+        assert transcript.end_reason == ("user_ended" if END in said else "bad_action")
+        assert transcribe(replay(transcript), {}) == transcript
+
+
+def test_an_agents_engine_that_fails_is_infrastructure(sampler: object) -> None:
+    def flaky(view: object, seed: int) -> Reply:
+        return Reply("", error=BackendError("out of memory")) if len(view.messages) > 1 else Reply("ok")
+
+    for episode in rolled(sampler, speaker=flaky):
+        assert (episode.end_reason, episode.valid) == ("infra", False)
+        transcript = transcribe(episode, {})
+        assert transcribe(replay(transcript), {}) == transcript
+
+
+def test_edited_records_are_noticed(sampler: object) -> None:
+    whole = next(transcribe(e, {}) for e in rolled(sampler) if e.end_reason == "user_ended" and e.spec.profile_id == "p0")
+    good = whole.to_json()
+    for name, value in [("end_reason", "repetition"), ("messages", good["messages"][:-1]), ("messages", good["messages"][1:])]:
+        with pytest.raises(TranscriptError):
+            replay(type(whole)(**{**good, name: value}))
+
+
+def test_going_on_from_a_turn(sampler: object) -> None:
+    before = next(e for e in rolled(sampler) if e.end_reason == "turn_limit")
+    transcript = transcribe(before, {})
+    stage = conductor(sampler)
+    episode = go_on(transcript, 3, stage.rules)
+    assert [m.content for m in episode.messages] == [m["content"] for m in transcript.messages[:5]]
+    (after,) = roll(stage, Speaker(agent, "assistant"), [episode])
+    assert transcribe(after, {}).messages == transcript.messages  # same seeds, same speakers
+    with pytest.raises(SpecError, match="turns 1 to 4"):
+        go_on(transcript, 5, stage.rules)
+
+
+def test_run_directory_round_trip(sampler: object, tmp_path: object) -> None:
+    stage = conductor(sampler)
+    stage.record = RunDirectory(tmp_path / "run", {"seed": 1})
+    episodes = roll(stage, Speaker(agent, "assistant"), SPECS)
+    read = read_transcripts(tmp_path / "run")
+    models = {"user": "test", "assistant": "agent"}
+    assert read == [type(read[0])(**json.loads(json.dumps(transcribe(e, models).to_json()))) for e in episodes]
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["config"] == {"seed": 1}
+    assert "numpy" in run["versions"]
+
+
+def test_a_taken_directory_is_refused_and_nothing_is_lost(sampler: object, tmp_path: object) -> None:
+    stage = conductor(sampler)
+    stage.record = RunDirectory(tmp_path / "run", {"seed": 1, "user": "a"})
+    roll(stage, Speaker(agent, "assistant"), SPECS[:3])
+    text = (tmp_path / "run" / "transcripts.jsonl").read_bytes()
+    with pytest.raises(RunDirectoryError, match="--resume"):
+        RunDirectory(tmp_path / "run", {"seed": 1, "user": "a"})
+    with pytest.raises(RunDirectoryError, match="seed: 1 → 2"):
+        RunDirectory(tmp_path / "run", {"seed": 2, "user": "a"}, resume=True)
+    with pytest.raises(RunDirectoryError, match="is a file"):
+        RunDirectory(tmp_path / "run" / "run.json", overwrite=True)
+    assert (tmp_path / "run" / "transcripts.jsonl").read_bytes() == text
+    resumed = RunDirectory(tmp_path / "run", {"seed": 1, "user": "a"}, resume=True)
+    assert set(resumed.finished) == {f"{100 + i:014x}" for i in range(3)}
+    RunDirectory(tmp_path / "run", {"seed": 3}, overwrite=True)
+    assert read_transcripts(tmp_path / "run") == []
+
+
+def test_a_torn_last_line(sampler: object, tmp_path: object) -> None:
+    stage = conductor(sampler)
+    stage.record = RunDirectory(tmp_path / "run", {})
+    roll(stage, Speaker(agent, "assistant"), SPECS[:3])
+    file = tmp_path / "run" / "transcripts.jsonl"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(TranscriptError, match="line 3: cut off"):
+        read_transcripts(tmp_path / "run")
+    assert len(read_transcripts(tmp_path / "run", torn="skip")) == 2
+    assert len(RunDirectory(tmp_path / "run", {}, resume=True).finished) == 2
+    assert len(read_transcripts(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [("{}", "'episode_id' is missing"), ("[1]", "JSON object"), ("{oops", "line 1"), ('{"id": 1, "text": "foreign"}', "usp_env")],
+)
+def test_foreign_transcripts(tmp_path: object, line: str, error: str) -> None:
+    (tmp_path / "t.jsonl").write_text(line + "\n")
+    with pytest.raises(TranscriptError, match=error):
+        read_transcripts(tmp_path / "t.jsonl")
+    with pytest.raises(TranscriptError, match="neither"):
+        read_transcripts(tmp_path / "nowhere")
+    (tmp_path / "latin").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(TranscriptError, match="UTF-8"):
+        read_transcripts(tmp_path / "latin")
+
+
+def _write_forever(path: str) -> None:
+    run = RunDirectory(path, {"x": 1}, resume=True)
+    from usp_env.profiles import Profile, ProfileBank
+    from usp_env.sampling.base import UniformSampler
+
+    people = UniformSampler(ProfileBank([Profile(f"p{i}", "You.", "You.") for i in range(6)]))
+    episodes = roll(conductor(people), Speaker(agent, "assistant"), SPECS)
+    while True:
+        for episode in episodes:
+            run.write(transcribe(episode, {}))
+
+
+def test_kill_minus_nine_loses_no_whole_line(tmp_path: object) -> None:
+    RunDirectory(tmp_path / "run", {"x": 1})
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_forever, args=(str(tmp_path / "run"),)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    deadline = time.monotonic() + 30
+    while (tmp_path / "run" / "transcripts.jsonl").stat().st_size < 200_000 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for writer in writers:
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        writer.close()
+    read = read_transcripts(tmp_path / "run", torn="skip")
+    assert len(read) > 20
+    assert set(RunDirectory(tmp_path / "run", {"x": 1}, resume=True).finished) == {t.episode_id for t in read}
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts=st.lists(st.text(), min_size=1, max_size=4))
+def test_any_actions_are_written_and_read_back(texts: list[str], tmp_path_factory: object) -> None:
+    from usp_env.profiles import Profile, ProfileBank
+    from usp_env.sampling.base import UniformSampler
+
+    folder = tmp_path_factory.mktemp("run") / "r"
+    people = UniformSampler(ProfileBank([Profile("p0", "You.", "You.")]))
+    env = DialogueEnv(
+        Speaker(lambda view, seed: f"reply {seed}"), people, population="uniform", record=folder, max_turns=len(texts)
+    )
+    env.reset(seed=0)
+    for text in texts:
+        env.step(text)
+        if env.episode.done:
+            break
+    (transcript,) = read_transcripts(folder)
+    assert transcribe(replay(transcript), transcript.models) == transcript
+
+
+def test_the_recorder_wraps_any_loop(sampler: object, tmp_path: object) -> None:
+    env = RecordTranscripts(DialogueEnv(Speaker(user), sampler, population="uniform", max_turns=1), tmp_path / "run")
+    for seed in range(3):
+        env.reset(seed=seed)
+        env.step("hello")
+    assert len(read_transcripts(tmp_path / "run")) == 3
+    with pytest.raises(SpecError, match="DialogueEnv"):
+        RecordTranscripts(gym.make("CartPole-v1"), tmp_path / "other")
+
+
+def test_last_utterance(sampler: object) -> None:
+    env = LastUtterance(DialogueEnv(Speaker(lambda view, seed: "the newest"), sampler, population="uniform"))
+    assert env.reset(seed=0)[0] == "the newest"
+    assert env.step("x")[0] == "the newest"
+
+
+def test_plan_spreads_over_populations(sampler: object) -> None:
+    sampler.populations = ("uniform", "uniform2")
+    draw = sampler.draw
+    sampler.draw = lambda n, population, rng: draw(n, "uniform", rng)
+    specs = plan(sampler, ["uniform", "uniform2"], 5, 0)
+    assert specs == plan(sampler, ["uniform", "uniform2"], 9, 0)[:5]
+    assert len({spec.episode_seed for spec in specs}) == 5
+
+
+def test_partners_that_miscount_are_told_so(sampler: object) -> None:
+    class Short(Speaker):
+        def respond(self, views: object, seeds: object) -> list[Reply]:
+            return []
+
+    env = DialogueEnv(Short(user), sampler, population="uniform")
+    with pytest.raises(UspError, match="one reply for each of 1 views, got 0"):
+        env.reset(seed=0)
+
+
+def test_numpy_seeds_are_accepted(sampler: object) -> None:
+    env = DialogueEnv(Speaker(user), sampler, population="uniform")
+    assert env.reset(seed=int(np.int64(3)))[0] == env.reset(seed=3)[0]

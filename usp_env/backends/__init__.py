@@ -1,0 +1,44 @@
+"""Engines. `load(spec)` gives the process's one backend for a spec: 64 environments load one model."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+from usp_env.backends.base import Backend
+from usp_env.backends.spec import SAMPLING, ModelSpec
+from usp_env.errors import UnknownNameError
+
+# What a request or a speaker says for itself does not need an engine of its own.
+_PER_REQUEST = (*SAMPLING, "stop", "system", "chat_template_kwargs")
+_loaded: dict[str, Backend] = {}
+_lock = threading.Lock()
+
+
+def load(spec: ModelSpec) -> Backend:
+    """The shared backend of a spec.
+
+    Raises:
+        MissingExtraError: The engine's package is not installed.
+        MissingAssetError: The weights have to be fetched first.
+    """
+    engine = replace(spec, options={k: v for k, v in spec.options.items() if k not in _PER_REQUEST})
+    key = str(engine)
+    with _lock:
+        if key not in _loaded:
+            _loaded[key] = _build(engine)
+        return _loaded[key]
+
+
+def _build(spec: ModelSpec) -> Backend:
+    if spec.engine == "hf":
+        from usp_env.backends.hf import HFBackend
+
+        return HFBackend.from_spec(spec)
+    if spec.engine == "openai":
+        from usp_env.backends.openai import OpenAIBackend
+
+        return OpenAIBackend.from_spec(spec)
+    raise UnknownNameError(
+        "engine (vLLM in this process comes with the engines release; its server works now)", spec.engine, ["hf", "openai"]
+    )

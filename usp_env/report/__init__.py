@@ -1,0 +1,1 @@
+"""Runs as a page and in the terminal."""

@@ -1,0 +1,1 @@
+"""Rewards: plain functions, expressions and the scorers that ship."""

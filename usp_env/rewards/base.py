@@ -1,0 +1,305 @@
+"""Rewards: what they are, how expressions combine them, how they are named.
+
+A reward looks at a profile and the dialogue so far and returns `RewardTerms` (or None: not scorable). Its *value* is
+Σ dialogue terms + Σ mean of utterance vectors. A reward with `when="end"` is evaluated once and pays its value at the
+end; one with `when="turn"` is evaluated after every agent step, its value is a potential Φ_t, and the step pays
+Φ_t − Φ_{t−1} with Φ_0 = 0, so that the steps add up to the value at the end.
+
+    usp_env.register_reward("politeness", politeness)
+    gym.make("usp_env/Assistant-v0", reward="goal+0.1*politeness")
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib
+import inspect
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from usp_env.dialogue import Dialogue, Role
+from usp_env.errors import MissingAssetError, SpecError, UnknownNameError
+from usp_env.profiles import Profile
+from usp_env.records import RewardTerms
+
+When = Literal["turn", "end"]
+PlainReward = Callable[[Profile, Dialogue], float | None]
+
+
+@runtime_checkable
+class RewardFunction(Protocol):
+    """A reward over batches.
+
+    Attributes:
+        name: Of its term.
+        when: `"end"`, or `"turn"` for a potential.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - see Attributes
+
+    @property
+    def when(self) -> When: ...  # noqa: D102
+
+    def __call__(self, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> Any:
+        """One `RewardTerms` (or None: not scorable) per dialogue; may be a coroutine function.
+
+        Raises:
+            BackendError: A model failed after its retries; the episodes become `infra_failure`.
+        """
+        ...
+
+
+RewardLike = str | PlainReward | RewardFunction | None
+
+
+@dataclass(frozen=True)
+class PlainFunction:
+    """A function `(profile, dialogue) -> float | None` as a reward at the end."""
+
+    function: PlainReward
+    name: str
+    when: When = "end"
+
+    def __call__(self, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> list[RewardTerms | None]:
+        """One call per dialogue."""
+        return [self._terms(profile, dialogue) for profile, dialogue in zip(profiles, dialogues, strict=True)]
+
+    def _terms(self, profile: Profile, dialogue: Dialogue) -> RewardTerms | None:
+        value = self.function(profile, dialogue)
+        if value is None:
+            return None
+        try:
+            number = float("nan") if isinstance(value, bool | str) else float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not math.isfinite(number):
+            raise SpecError(f"reward {self.name!r}: expected a finite number or None (not scorable), got {value!r:.80}")
+        return RewardTerms(dialogue={self.name: number})
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """What an expression becomes.
+
+    Args:
+        parts: Weights and rewards.
+
+    Example:
+        >>> length = PlainFunction(lambda profile, dialogue: float(len(dialogue)), "length")
+        >>> (terms,) = WeightedSum(((0.5, length),))([Profile("a", "x", "y")], [Dialogue.of([{"role": "user", "content": "hi"}])])
+        >>> terms.value
+        0.5
+    """
+
+    parts: tuple[tuple[float, RewardFunction], ...]
+
+    @property
+    def when(self) -> When:
+        """`"turn"` if any part is."""
+        return "turn" if any(part.when == "turn" for _, part in self.parts) else "end"
+
+    @property
+    def name(self) -> str:
+        """The expression."""
+        return str(self)
+
+    def at(self, final: bool, dense: bool = False) -> WeightedSum:
+        """The parts to evaluate now: all at the end (or when dense), else the turn-wise ones."""
+        return self if final or dense else WeightedSum(tuple(p for p in self.parts if p[1].when == "turn"))
+
+    def __call__(self, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> list[RewardTerms | None]:
+        """Merged, weighted terms; None where any part is not scorable."""
+        names = [part.name for _, part in self.parts]
+        columns = [_evaluate(part, profiles, dialogues) for _, part in self.parts]
+        return [
+            _merge([(weight, name, terms) for (weight, _), name, terms in zip(self.parts, names, row, strict=True)])
+            for row in zip(*columns, strict=True)
+        ]
+
+    def __str__(self) -> str:
+        return " + ".join(part.name if weight == 1 else f"{weight:g}*{part.name}" for weight, part in self.parts)
+
+
+def register_reward(name: str, reward: PlainReward | RewardFunction) -> None:
+    """Make a name usable in reward expressions everywhere in this process.
+
+    Raises:
+        SpecError: The name is no identifier, is taken, or the reward is not callable.
+    """
+    if not name.isidentifier():
+        raise SpecError(f"reward name: expected an identifier such as 'politeness', got {name!r}")
+    if name in _BUILTIN:
+        raise SpecError(f"reward name {name!r} is a built-in one; choose another")
+    if not callable(reward):
+        raise SpecError(f"reward {name!r}: expected a function or a RewardFunction, got {type(reward).__name__}")
+    _registered[name] = reward
+
+
+def make_reward(reward: RewardLike, agent_role: Role) -> WeightedSum | None:
+    """A reward expression, function or `RewardFunction` as a `WeightedSum`; None stays None.
+
+    Args:
+        reward: E.g. `"goal"`, `"0.8*cycle+0.2*human"`, `"goal - 0.1*pkg.mod:fn"`.
+        agent_role: The agent's seat.
+
+    Raises:
+        UnknownNameError: A name nobody registered.
+        SpecError: The expression breaks the grammar (sums of `number*name`), or the seat does not fit.
+        MissingAssetError: A scorer's weights are not there.
+    """
+    if reward is None or isinstance(reward, WeightedSum):
+        return reward
+    if isinstance(reward, str):
+        return WeightedSum(tuple((weight, _named(name, agent_role)) for weight, name in parse_expression(reward)))
+    if callable(reward):
+        return WeightedSum(((1.0, _as_function(reward, getattr(reward, "__name__", "reward"))),))
+    raise SpecError(f"reward: expected an expression, a function, a RewardFunction or None, got {reward!r:.80}")
+
+
+def parse_expression(text: str) -> list[tuple[float, str]]:
+    """Weights and names of a sum.
+
+    Example:
+        >>> parse_expression("goal - 0.5*pkg.mod:fn")
+        [(1.0, 'goal'), (-0.5, 'pkg.mod:fn')]
+    """
+    # `pkg.mod:fn` is no Python expression; an operator that nothing else uses stands for its colon.
+    try:
+        tree = ast.parse(text.strip().replace(":", "@"), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise SpecError(f"reward {text!r}: expected a sum such as 'goal+0.1*politeness' ({error})") from error
+    return _terms_of(tree, 1.0, text)
+
+
+def _terms_of(node: ast.expr, sign: float, text: str) -> list[tuple[float, str]]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):
+        right = -sign if isinstance(node.op, ast.Sub) else sign
+        return _terms_of(node.left, sign, text) + _terms_of(node.right, right, text)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        return _terms_of(node.operand, -sign if isinstance(node.op, ast.USub) else sign, text)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        for number, name in ((node.left, node.right), (node.right, node.left)):
+            if isinstance(number, ast.Constant) and type(number.value) in (int, float):
+                return [(sign * number.value * weight, found) for weight, found in _terms_of(name, 1.0, text)]
+    # 0.1*pkg.mod@fn parses as (0.1*pkg.mod)@fn: the two operators bind alike.
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult) and isinstance(node.right, ast.Name):
+        return [(weight, f"{found}:{node.right.id}") for weight, found in _terms_of(node.left, sign, text)]
+    if isinstance(node, ast.Name | ast.Attribute):
+        return [(sign, ast.unparse(node))]
+    raise SpecError(f"reward {text!r}: expected a sum of NAME or NUMBER*NAME, got {ast.unparse(node)!r} in it")
+
+
+def _named(name: str, agent_role: Role) -> RewardFunction:
+    if ":" in name:
+        return _as_function(_imported(name), name.partition(":")[2])
+    if name in _registered:
+        return _as_function(_registered[name], name)
+    if name not in _BUILTIN:
+        raise UnknownNameError("reward", name, [*_BUILTIN, *_registered, "<package.module>:<function>"])
+    return _BUILTIN[name](agent_role)
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"reward {name!r}: cannot import it ({error}); expected package.module:function") from error
+
+
+def _as_function(reward: Any, name: str) -> RewardFunction:
+    if isinstance(reward, RewardFunction):
+        if reward.when not in ("turn", "end"):
+            raise SpecError(f"reward {reward.name!r}: when must be 'turn' or 'end', got {reward.when!r}")
+        return reward
+    if not callable(reward):
+        raise SpecError(f"reward {name!r}: expected a function or a RewardFunction, got {type(reward).__name__}")
+    return PlainFunction(reward, name)
+
+
+def _goal(agent_role: Role) -> RewardFunction:
+    if agent_role != "assistant":
+        raise SpecError("reward 'goal' scores the assistant's answers; the agent speaks as the user: use another, or reward=None")
+    from usp_env.rewards.goal import GoalProgress
+
+    return GoalProgress()
+
+
+def _unreleased(name: str) -> Callable[[Role], RewardFunction]:
+    def refuse(agent_role: Role) -> RewardFunction:
+        raise MissingAssetError(
+            f"reward {name!r} needs scorers that this release does not have yet (profile generator and AI detector); "
+            "pass reward=None, or a reward of your own"
+        )
+
+    return refuse
+
+
+_BUILTIN: dict[str, Callable[[Role], RewardFunction]] = {
+    "goal": _goal,
+    "cycle": _unreleased("cycle"),
+    "human": _unreleased("human"),
+}
+_registered: dict[str, PlainReward | RewardFunction] = {}
+
+
+def _evaluate(reward: RewardFunction, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> list[RewardTerms | None]:
+    terms = reward(profiles, dialogues)
+    if inspect.isawaitable(terms):
+        terms = _await(terms)
+    if not isinstance(terms, Sequence) or len(terms) != len(dialogues):
+        came = f"{len(terms)} of them" if isinstance(terms, Sequence) else type(terms).__name__
+        raise SpecError(
+            f"reward {reward.name!r}: expected a list of one RewardTerms or None per dialogue ({len(dialogues)}), got {came}"
+        )
+    for item in terms:
+        if item is not None and not isinstance(item, RewardTerms):
+            raise SpecError(f"reward {reward.name!r}: expected RewardTerms or None, got {item!r:.80}")
+    return list(terms)
+
+
+def _await(awaitable: Any) -> Any:
+    """The result of an awaitable, also where this thread's event loop is running already."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    box: list[Any] = []
+
+    def run() -> None:
+        try:
+            box.append((True, asyncio.run(wait())))
+        except BaseException as error:
+            box.append((False, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    good, result = box[0]
+    if not good:
+        raise result
+    return result
+
+
+def _merge(row: Sequence[tuple[float, str, RewardTerms | None]]) -> RewardTerms | None:
+    utterance: dict[str, Any] = {}
+    dialogue: dict[str, float] = {}
+    for weight, name, terms in row:
+        if terms is None:
+            return None
+        for kind, into in ((terms.utterance, utterance), (terms.dialogue, dialogue)):
+            for term, value in kind.items():
+                unique = term if term not in utterance and term not in dialogue else f"{name}.{term}"
+                if unique in utterance or unique in dialogue:
+                    raise SpecError(f"two rewards of one expression both give the term {unique!r}; rename one")
+                into[unique] = value * weight  # type: ignore[assignment, operator]
+    return RewardTerms(utterance, dialogue)

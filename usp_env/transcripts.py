@@ -1,0 +1,316 @@
+"""Run directories: `run.json` (what was run) and `transcripts.jsonl` (one finished episode a line).
+
+A line is written in one piece under a lock, so that a killed process loses no line already written and several
+processes may share a directory; a line cut off by a crash is removed when the run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from usp_env.dialogue import Dialogue
+from usp_env.episode import Episode
+from usp_env.errors import RunDirectoryError, TranscriptError
+
+if TYPE_CHECKING:
+    from usp_env.driver import Conductor
+
+FILE, RUN = "transcripts.jsonl", "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """One finished episode, as `transcripts.jsonl` holds it.
+
+    Args:
+        episode_id: Unique under the seed.
+        episode_seed: Seeds every generation.
+        agent_role: The agent's seat.
+        profile_id: Whose profile.
+        population: Drawn from.
+        profile: `{"objective", "subjective"}`.
+        messages: `{"role", "content", "raw", "finish_reason", "usage"}` and, where known, `token_ids`, `logprobs`.
+        rewards: One per step.
+        reward_terms: Name to value, at the end.
+        utterance_rewards: One per agent utterance.
+        terminated: See `usp_env.episode`, as for the next four.
+        truncated: Cut off.
+        end_reason: Why it ended.
+        outcome: How it counts.
+        valid: Whether a trainer may learn from it.
+        models: Specs of `user` and `assistant`; the agent's is `"agent"` unless it said.
+        usage: Token counts by role.
+        versions: Of the packages.
+        branch: Set by `fork`.
+        rules: `usp_env.records.Rules`.
+        rejected: An action or reply that was not taken into the dialogue.
+        error: What failed, in an `infra_failure`.
+    """
+
+    episode_id: str
+    episode_seed: int
+    agent_role: str
+    profile_id: str
+    population: str
+    profile: Mapping[str, str]
+    messages: Sequence[Mapping[str, Any]]
+    rewards: Sequence[float]
+    reward_terms: Mapping[str, float]
+    utterance_rewards: Sequence[float]
+    terminated: bool
+    truncated: bool
+    end_reason: str
+    outcome: str
+    valid: bool
+    models: Mapping[str, str]
+    usage: Mapping[str, Mapping[str, int]]
+    versions: Mapping[str, str]
+    branch: str = ""
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    rejected: str | None = None
+    error: str | None = None
+
+    def dialogue(self) -> Dialogue:
+        """The conversation, for rewards and metrics."""
+        return Dialogue.of({"role": m["role"], "content": m["content"]} for m in self.messages)
+
+    def to_json(self) -> dict[str, Any]:
+        """The line's object."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+_OPTIONAL = {"branch", "rules", "rejected", "error"}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "episode_id": str,
+    "episode_seed": int,
+    "agent_role": str,
+    "profile_id": str,
+    "population": str,
+    "profile": dict,
+    "messages": list,
+    "rewards": list,
+    "reward_terms": dict,
+    "utterance_rewards": list,
+    "terminated": bool,
+    "truncated": bool,
+    "end_reason": str,
+    "outcome": str,
+    "valid": bool,
+    "models": dict,
+    "usage": dict,
+    "versions": dict,
+}
+
+
+def transcribe(episode: Episode, models: Mapping[str, str]) -> Transcript:
+    """The transcript of a finished episode."""
+    spec = episode.spec
+    return Transcript(
+        episode_id=episode.id,
+        episode_seed=spec.episode_seed,
+        agent_role=episode.rules.agent_role,
+        profile_id=spec.profile_id,
+        population=spec.population,
+        profile={"objective": episode.profile.objective, "subjective": episode.profile.subjective},
+        messages=[_message(message) for message in map(asdict, episode.messages)],
+        rewards=list(episode.rewards),
+        reward_terms=dict(episode.reward_terms),
+        utterance_rewards=list(episode.utterance_rewards),
+        terminated=episode.terminated,
+        truncated=episode.truncated,
+        end_reason=episode.end_reason or "",
+        outcome=episode.outcome or "",
+        valid=episode.valid,
+        models=dict(models),
+        usage=episode.usage(),
+        versions=versions(),
+        branch=episode.branch,
+        rules=asdict(episode.rules),
+        rejected=episode.rejected,
+        error=episode.error,
+    )
+
+
+def _message(record: dict[str, Any]) -> dict[str, Any]:
+    # Token ids and log-probabilities only where an engine told them: most readers want the text.
+    return {key: value for key, value in record.items() if value is not None or key not in ("token_ids", "logprobs")}
+
+
+def read_transcripts(path: str | Path, torn: str = "raise") -> list[Transcript]:
+    """Read a transcripts file, or the one in a run directory.
+
+    Args:
+        path: File or directory.
+        torn: What to do about a last line that a crash cut off: `"raise"` or `"skip"`.
+
+    Raises:
+        TranscriptError: There is none, or a line breaks the format (file, line and field are named).
+    """
+    file = Path(path)
+    file = file / FILE if file.is_dir() else file
+    if not file.is_file():
+        raise TranscriptError(f"expected a run directory or a transcripts file, found neither at {str(path)!r}")
+    try:
+        lines = file.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise TranscriptError(f"{file}: expected UTF-8 text ({error})") from error
+    if lines[-1]:  # every whole line ends in a newline
+        if torn == "raise":
+            raise TranscriptError(
+                f"{file}, line {len(lines)}: cut off ({lines[-1][:60]!r} …); the run was interrupted: resume it with --resume, "
+                "or delete that line"
+            )
+    return [parse_transcript(line, file, number) for number, line in enumerate(lines[:-1], 1) if line.strip()]
+
+
+def parse_transcript(line: str, file: str | Path, number: int) -> Transcript:
+    """Read one line.
+
+    Raises:
+        TranscriptError: It breaks the format.
+    """
+    where = f"{file}, line {number}"
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise TranscriptError(f"{where}: expected one JSON object, got {line[:80]!r} ({error})") from error
+    if not isinstance(record, dict):
+        raise TranscriptError(f"{where}: expected a JSON object, got {line[:80]!r}")
+    for name, kind in _TYPES.items():
+        if name not in record:
+            raise TranscriptError(f"{where}: field {name!r} is missing; was this file written by usp_env?")
+        if not isinstance(record[name], kind) or (kind is int and isinstance(record[name], bool)):
+            raise TranscriptError(f"{where}, field {name!r}: expected {kind}, got {record[name]!r:.80}")
+    for index, message in enumerate(record["messages"]):
+        good = isinstance(message, dict) and message.get("role") in ("user", "assistant")
+        if not good or not isinstance(message.get("content"), str):
+            raise TranscriptError(
+                f"{where}, field 'messages'[{index}]: expected a role and a content string, got {message!r:.80}"
+            )
+    known = {f.name for f in fields(Transcript)}
+    return Transcript(**{key: value for key, value in record.items() if key in known})
+
+
+class RunDirectory:
+    """Where a run is written.
+
+    Args:
+        path: The directory; made if it is not there.
+        config: What `run.json` records and a resumed run must share.
+        resume: Go on with a run that is there: `finished` holds its episodes.
+        overwrite: Begin anew over whatever is there.
+
+    Raises:
+        RunDirectoryError: The path is taken, or the resumed run was configured differently (the diff is shown).
+    """
+
+    def __init__(
+        self, path: str | Path, config: Mapping[str, Any] | None = None, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.finished: dict[str, Transcript] = {}
+        self.models: Mapping[str, str] | None = None  # set by who knows both speakers; an environment knows its partner
+        self._lock = threading.Lock()
+        taken = self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()))
+        if self.path.is_file():
+            raise RunDirectoryError(f"expected a directory to write to, but {str(path)!r} is a file: choose another")
+        if taken and not (resume or overwrite):
+            raise RunDirectoryError(
+                f"{str(path)!r} is not empty: choose another directory, resume the run (--resume, resume=True), or begin "
+                "anew over it (--overwrite, overwrite=True)"
+            )
+        resolved = json.loads(json.dumps(config)) if config is not None else None
+        self.path.mkdir(parents=True, exist_ok=True)
+        if resume and (self.path / RUN).is_file():
+            self._check_config(resolved)
+            self._mend()
+            self.finished = {t.episode_id: t for t in read_transcripts(self.path)} if self.file.is_file() else {}
+        else:
+            (self.path / RUN).write_text(json.dumps(describe(resolved), indent=1, ensure_ascii=False) + "\n", "utf-8")
+            self.file.write_text("", "utf-8")
+
+    @property
+    def file(self) -> Path:
+        """The transcripts."""
+        return self.path / FILE
+
+    def write(self, transcript: Transcript) -> None:
+        """Append one line, in one piece."""
+        line = _encode(transcript.to_json())
+        with self._lock, open(self.file, "ab") as stream:
+            locked(stream)
+            stream.write(line + b"\n")
+        self.finished[transcript.episode_id] = transcript
+
+    def write_episode(self, episode: Episode, conductor: Conductor) -> None:
+        """Append a finished episode of an environment."""
+        partner = conductor.partner
+        models = self.models or {partner.role: partner.spec, conductor.rules.agent_role: "agent"}
+        self.write(transcribe(episode, models))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunDirectory:
+        return self  # forks of an environment write into the same run
+
+    def _check_config(self, config: Any) -> None:
+        before = json.loads((self.path / RUN).read_text("utf-8")).get("config")
+        if config is None or before == config:
+            return
+        old, new = before or {}, config
+        changed = [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        raise RunDirectoryError(
+            f"{str(self.path)!r} holds a run with another configuration ({'; '.join(changed)}): use another directory"
+        )
+
+    def _mend(self) -> None:
+        """Remove a last line that a crash cut off."""
+        if self.file.is_file():
+            data = self.file.read_bytes()
+            if data and not data.endswith(b"\n"):
+                self.file.write_bytes(data[: data.rfind(b"\n") + 1])
+
+
+def locked(stream: Any) -> None:
+    """Hold an advisory lock on an open file until it is closed, where the system has them."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: appends of one process are still whole
+        return
+    fcntl.flock(stream, fcntl.LOCK_EX)
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """What `run.json` holds: configuration, command, versions, hardware."""
+    return {
+        "config": config,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": versions(),
+        "hardware": {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()},
+    }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run gives."""
+    found = {}
+    for name in ("usp-env", "gymnasium", "numpy", "torch", "transformers", "openai"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a rejected action with lone surrogates: escapes keep them
+        return json.dumps(record).encode()

@@ -1,0 +1,79 @@
+"""What a speaker is: it turns views of dialogues into replies, many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from usp_env.backends.base import Backend, Request, Sampling
+from usp_env.dialogue import Role, View
+from usp_env.records import Reply
+
+
+@runtime_checkable
+class Partner(Protocol):
+    """A simulated user or an assistant.
+
+    Attributes:
+        spec: The resolved spec, recorded in transcripts; never holds a key.
+        role: The side it speaks.
+    """
+
+    @property
+    def spec(self) -> str: ...  # noqa: D102 - see Attributes
+
+    @property
+    def role(self) -> Role: ...  # noqa: D102
+
+    def respond(self, views: Sequence[View], seeds: Sequence[int]) -> list[Reply]:
+        """One reply per view, in order; all noise of a reply comes from its seed.
+
+        Raises:
+            BackendError: Nothing of the batch could be done. One failed reply is a `Reply` with `error` set.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ModelSpeaker:
+    """A speaker that asks a backend.
+
+    Args:
+        backend: The engine.
+        role: The side it speaks in the dialogue.
+        spec: Recorded in transcripts.
+        render: A view as `{"role", "content"}` dicts for the engine.
+        header: Whose header the engine generates under (`Request.role`).
+        sampling: How it samples.
+        adapter: LoRA adapter, or None.
+        can_end: Whether it may sample the end-of-conversation token after the opening.
+        chat_template_kwargs: Passed to the chat template.
+    """
+
+    backend: Backend
+    role: Role
+    spec: str
+    render: Callable[[View], list[dict[str, str]]]
+    header: Role
+    sampling: Sampling
+    adapter: str | None = None
+    can_end: bool = False
+    chat_template_kwargs: tuple[tuple[str, object], ...] = ()
+
+    def request(self, view: View, seed: int) -> Request:
+        """What the engine is asked for this view."""
+        return Request(
+            messages=self.render(view),
+            role=self.header,
+            sampling=self.sampling,
+            seed=seed,
+            adapter=self.adapter,
+            can_end=self.can_end and not view.opening,
+            chat_template_kwargs=dict(self.chat_template_kwargs),
+        )
+
+    def respond(self, views: Sequence[View], seeds: Sequence[int]) -> list[Reply]:
+        """One engine call for all views."""
+        made = self.backend.generate([self.request(view, seed) for view, seed in zip(views, seeds, strict=True)])
+        return [Reply(g.text, g.finish_reason == "end", g, g.error) for g in made]
