@@ -44,7 +44,7 @@ class SpeakerPolicy:
         """
         live = [index for index, observation in enumerate(observations) if observation]
         views = [Dialogue.of(observations[index]).view_for("assistant") for index in live]
-        actions = [""] * len(observations)
+        actions: list[str] = [Act("")] * len(observations)
         for index, reply in zip(live, self.speaker.respond(views, [seeds[index] for index in live]), strict=True):
             if reply.error is not None:
                 raise BackendError(f"the policy's engine failed: {reply.error}") from reply.error

@@ -2,7 +2,7 @@
 
     python examples/06_openai_server.py                              # a small server of its own; needs no key and no model
     python examples/06_openai_server.py --url http://localhost:8000/v1 --model NAME --user usp-mini
-    python examples/06_openai_server.py --url https://api.openai.com/v1 --model NAME --key-env OPENAI_API_KEY
+    python examples/06_openai_server.py --url https://HOST/v1 --model NAME --key-env OPENAI_API_KEY
 
 A call that fails does not raise: it ends the episode as an `infra_failure` with `valid=False`, which no trainer learns from.
 """

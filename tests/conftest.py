@@ -1,31 +1,16 @@
-"""Shared doubles: a handful of people, speakers that say what a test tells them to, and the assets marker."""
+"""A handful of people, and the markers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 
 import pytest
 
-from usp_env.dialogue import View
 from usp_env.profiles import Profile, ProfileBank
-from usp_env.records import Reply
 from usp_env.sampling.base import UniformSampler
 
 os.environ.setdefault("USP_ENV_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-class Speaker:
-    """A partner that calls `answer(view, seed)`; strings become replies."""
-
-    def __init__(self, answer: Callable[[View, int], Reply | str], role: str = "user") -> None:
-        self.answer, self.role, self.spec, self.calls = answer, role, "test", []
-
-    def respond(self, views: Sequence[View], seeds: Sequence[int]) -> list[Reply]:
-        self.calls.append(len(views))
-        replies = [self.answer(view, seed) for view, seed in zip(views, seeds, strict=True)]
-        return [Reply(r) if isinstance(r, str) else r for r in replies]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from usp_env.backends import load as load_backend
 from usp_env.backends.base import Backend, Sampling
-from usp_env.backends.spec import parse, split_options
+from usp_env.backends.spec import ModelSpec, parse, split_options
 from usp_env.dialogue import Role, View
 from usp_env.errors import SpecError
 from usp_env.records import Reply
@@ -39,12 +39,12 @@ class RuleAssistant:
         return [Reply(self.answer(view.messages[-1].content if view.messages else "")) for view in views]
 
 
-def load(spec: str, wrap: Callable[[Backend], Backend] | None = None) -> Partner:
+def load(spec: str, source: Callable[[ModelSpec], Backend] = load_backend) -> Partner:
     """The assistant that a spec names.
 
     Args:
         spec: See the module's table.
-        wrap: Put around the backend, e.g. a record/replay cache.
+        source: Gives the backend of a model spec, e.g. one behind `usp_env.backends.load_cached`.
 
     Raises:
         SpecError: The spec breaks the grammar.
@@ -63,7 +63,6 @@ def load(spec: str, wrap: Callable[[Backend], Backend] | None = None) -> Partner
             return RuleAssistant("known-bad", lambda said: REFUSAL)
         return ScriptedSpeaker.load(bare.partition(":")[2] or None, "assistant")
     parsed = parse(spec)
-    backend = load_backend(parsed)
     system = parsed.options.get("system")
 
     def render(view: View) -> list[dict[str, str]]:
@@ -71,7 +70,7 @@ def load(spec: str, wrap: Callable[[Backend], Backend] | None = None) -> Partner
         return head + [message.chat() for message in view.messages]
 
     return ModelSpeaker(
-        backend=wrap(backend) if wrap is not None else backend,
+        backend=source(parsed),
         role="assistant",
         spec=str(parsed),
         render=render,

@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from usp_env import backends
 from usp_env.backends.base import Backend
+from usp_env.backends.spec import ModelSpec
 from usp_env.driver import Conductor
+from usp_env.episode import Episode
 from usp_env.errors import SpecError, UnknownNameError, UspError, require
 from usp_env.profiles import Profile, ProfileBank
+from usp_env.records import RewardTerms
 from usp_env.transcripts import RunDirectory, Transcript, read_transcripts, transcribe
 
 
@@ -97,20 +101,18 @@ def _stage(arguments: argparse.Namespace) -> tuple[Conductor, Any]:
     from usp_env.rewards.base import make_reward
     from usp_env.sampling import load_sampler
 
-    wrap = _cache(arguments)
+    source = _source(arguments)
     reward = None if arguments.reward in ("none", "None", "") else arguments.reward
     scorer = make_reward(reward, "assistant")  # first: a mistake here should not cost loading two models
-    agent = assistants.load(arguments.assistant, wrap)
+    agent = assistants.load(arguments.assistant, source)
     sampler = load_sampler(arguments.bank, None if arguments.split == "all" else arguments.split)
-    return make_conductor(users.load(arguments.user, wrap), sampler, scorer, "assistant", max_turns=arguments.turns), agent
+    return make_conductor(users.load(arguments.user, source), sampler, scorer, "assistant", max_turns=arguments.turns), agent
 
 
-def _cache(arguments: argparse.Namespace) -> Callable[[Backend], Backend] | None:
+def _source(arguments: argparse.Namespace) -> Callable[[ModelSpec], Backend]:
     if not arguments.cache:
-        return None
-    from usp_env.backends.cache import CacheBackend
-
-    return lambda backend: CacheBackend(backend, arguments.cache, mode=arguments.cache_mode)
+        return backends.load
+    return lambda spec: backends.load_cached(spec, arguments.cache, arguments.cache_mode)
 
 
 def _populations(text: str, known: Sequence[str]) -> list[str]:
@@ -134,7 +136,12 @@ def _roll(arguments: argparse.Namespace, conductor: Conductor, agent: Any, episo
     if conductor.record is not None:
         conductor.record.models = models
     with LiveTranscript(total, console, quiet=arguments.quiet) as live:
-        finished = roll(conductor, agent, episodes, arguments.lanes, live.update)
+
+        def watch(moved: Sequence[Episode]) -> None:
+            for episode in moved:
+                live.update(episode)
+
+        finished = roll(conductor, agent, episodes, arguments.lanes, watch)
     console.print(summary_table([transcribe(episode, models).to_json() for episode in finished]))
 
 
@@ -182,9 +189,8 @@ def show(arguments: argparse.Namespace) -> int:
     console = require("rich.console", "report").Console()
     if arguments.episode is None:
         for t in transcripts:
-            say(
-                f"{t.episode_id}  {t.population:9} {len(t.rewards):2} steps  {t.end_reason:14} {t.outcome:12} {sum(t.rewards):+.3f}"
-            )
+            ends = f"{t.end_reason:14} {t.outcome:12} {sum(t.rewards):+.3f}"
+            say(f"{t.episode_id}  {t.population:9} {len(t.rewards):2} steps  {ends}")
         console.print(summary_table([t.to_json() for t in transcripts]))
         return 0
     for t in transcripts:
@@ -202,24 +208,20 @@ def score(arguments: argparse.Namespace) -> int:
     if arguments.out and Path(arguments.out).exists():
         raise SpecError(f"--out {arguments.out}: the file exists; name another")
     bank = ProfileBank.load(arguments.bank)
-    rows = []
-    for seat in sorted({t.agent_role for t in transcripts}):
-        reward = make_reward(arguments.reward, seat)  # type: ignore[arg-type]
+    rows: list[tuple[Transcript, RewardTerms | None]] = []
+    for seat in ("assistant", "user"):
         chosen = [t for t in transcripts if t.agent_role == seat]
-        assert reward is not None
-        terms = reward.at(True)([_profile(t, bank) for t in chosen], [t.dialogue() for t in chosen])
-        rows += [
-            {"episode_id": t.episode_id, "population": t.population, "value": x and x.value, "terms": x and x.flat}
-            for t, x in zip(chosen, terms, strict=True)
-        ]
-    for row in rows:
-        shown = "not scorable" if row["value"] is None else f"{row['value']:.3f}"
-        say(f"{row['episode_id']}  {row['population']:9} {shown}  {' '.join(f'{k}={v:.3f}' for k, v in (row['terms'] or {}).items())}")
-    values = [row["value"] for row in rows if row["value"] is not None]
+        if chosen and (reward := make_reward(arguments.reward, seat)) is not None:  # type: ignore[arg-type]
+            rows += zip(chosen, reward([_profile(t, bank) for t in chosen], [t.dialogue() for t in chosen]), strict=True)
+    for t, terms in rows:
+        flat = " ".join(f"{name}={value:.3f}" for name, value in terms.flat.items()) if terms else ""
+        say(f"{t.episode_id}  {t.population:9} {f'{terms.value:.3f}' if terms else 'not scorable'}  {flat}")
+    values = [terms.value for _, terms in rows if terms]
     spread = f"mean {np.mean(values):.3f} ± {np.std(values):.3f} (sd)" if values else "no value"
     say(f"{arguments.reward}: {spread}, {len(values)} of {len(rows)} scored")
     if arguments.out:
-        Path(arguments.out).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        records = [{"episode_id": t.episode_id, "value": x and x.value, "terms": x and x.flat} for t, x in rows]
+        Path(arguments.out).write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     return 0
 
 

@@ -11,7 +11,7 @@ import warnings
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import Speaker
+from doubles import Speaker
 from gymnasium.utils.env_checker import check_env
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -11,7 +11,7 @@ import time
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import Speaker
+from doubles import Speaker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

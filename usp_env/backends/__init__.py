@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 from usp_env.backends.base import Backend
 from usp_env.backends.spec import SAMPLING, ModelSpec
 from usp_env.errors import UnknownNameError
 
 # What a request or a speaker says for itself does not need an engine of its own.
+Mode = Literal["record", "replay", "strict"]
 _PER_REQUEST = (*SAMPLING, "stop", "system", "chat_template_kwargs")
 _loaded: dict[str, Backend] = {}
 _lock = threading.Lock()
@@ -22,12 +25,26 @@ def load(spec: ModelSpec) -> Backend:
         MissingExtraError: The engine's package is not installed.
         MissingAssetError: The weights have to be fetched first.
     """
-    engine = replace(spec, options={k: v for k, v in spec.options.items() if k not in _PER_REQUEST})
+    engine = engine_spec(spec)
     key = str(engine)
     with _lock:
         if key not in _loaded:
             _loaded[key] = _build(engine)
         return _loaded[key]
+
+
+def engine_spec(spec: ModelSpec) -> ModelSpec:
+    """The part of a spec that decides which engine runs; sampling belongs to requests."""
+    return replace(spec, options={k: v for k, v in spec.options.items() if k not in _PER_REQUEST})
+
+
+def load_cached(spec: ModelSpec, path: str | Path, mode: Mode = "record") -> Backend:
+    """The backend of a spec behind a store of generations; `strict` needs neither weights nor a key."""
+    from usp_env.backends.cache import CacheBackend
+
+    if mode == "strict":
+        return CacheBackend(None, path, mode, spec=str(engine_spec(spec)))
+    return CacheBackend(load(spec), path, mode)
 
 
 def _build(spec: ModelSpec) -> Backend:

@@ -93,7 +93,10 @@ class OpenAIBackend:
 
     @classmethod
     def from_spec(cls, spec: ModelSpec) -> OpenAIBackend:
-        """The backend of a parsed spec; `key_env` names the variable that holds the key (default `OPENAI_API_KEY`).
+        """The backend of a parsed spec.
+
+        `key_env` names the variable that holds the key. Without it `OPENAI_API_KEY` is sent where it is set, as OpenAI's
+        own client does, whatever the url: name another one for a server that should not see it.
 
         Raises:
             SpecError: The variable that `key_env` names is not set, or an option of another engine.
@@ -212,7 +215,7 @@ class OpenAIBackend:
         return asked + longest * self._jitter.uniform(0.5, 1.0)
 
     def _hidden(self, text: str) -> str:
-        """Without the key, which a server may echo; cut only then, as half a key is no secret either."""
+        """Without the key, which a server may echo; cut afterwards, so that no half of it is left."""
         text = text if self._key == NO_KEY else text.replace(self._key, "[key]")
         return text if len(text) <= 600 else text[:600] + "…"
 

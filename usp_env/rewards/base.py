@@ -184,8 +184,8 @@ def _terms_of(node: ast.expr, sign: float, text: str) -> list[tuple[float, str]]
         return _terms_of(node.operand, -sign if isinstance(node.op, ast.USub) else sign, text)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         for number, name in ((node.left, node.right), (node.right, node.left)):
-            if isinstance(number, ast.Constant) and type(number.value) in (int, float):
-                return [(sign * number.value * weight, found) for weight, found in _terms_of(name, 1.0, text)]
+            if isinstance(number, ast.Constant) and isinstance(number.value, int | float) and not isinstance(number.value, bool):
+                return [(sign * float(number.value) * weight, found) for weight, found in _terms_of(name, 1.0, text)]
     # 0.1*pkg.mod@fn parses as (0.1*pkg.mod)@fn: the two operators bind alike.
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult) and isinstance(node.right, ast.Name):
         return [(weight, f"{found}:{node.right.id}") for weight, found in _terms_of(node.left, sign, text)]

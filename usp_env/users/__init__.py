@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from usp_env.backends import load as load_backend
 from usp_env.backends.base import Backend
-from usp_env.backends.spec import format_options, parse, split_options
+from usp_env.backends.spec import ModelSpec, format_options, parse, split_options
 from usp_env.errors import SpecError, UnknownNameError
 from usp_env.users import roleplay, usp
 from usp_env.users.base import ModelSpeaker, Partner
@@ -24,12 +24,12 @@ ALIASES = {"usp-mini": "usp:smollm2-135m"}
 KINDS = {"usp": usp, "roleplay": roleplay}
 
 
-def load(spec: str, wrap: Callable[[Backend], Backend] | None = None) -> Partner:
+def load(spec: str, source: Callable[[ModelSpec], Backend] = load_backend) -> Partner:
     """The simulated user that a spec names.
 
     Args:
         spec: See the module's table; the model part is `usp_env.backends.spec`'s grammar.
-        wrap: Put around the backend, e.g. a record/replay cache.
+        source: Gives the backend of a model spec, e.g. one behind `usp_env.backends.load_cached`.
 
     Raises:
         UnknownNameError: No such kind of user, or an unknown option.
@@ -49,9 +49,8 @@ def load(spec: str, wrap: Callable[[Backend], Backend] | None = None) -> Partner
     if "system" in options:
         raise SpecError(f"user {spec!r}: the system message of a simulated user is its profile; 'system' is for assistants")
     parsed = parse(model + format_options(options))
-    backend = load_backend(parsed)
     return ModelSpeaker(
-        backend=wrap(backend) if wrap is not None else backend,
+        backend=source(parsed),
         role="user",
         spec=f"{kind}:{parsed}",
         render=KINDS[kind].render,

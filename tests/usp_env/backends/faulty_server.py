@@ -35,6 +35,7 @@ class Action:
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     kind: Literal["answer", "reset", "stall", "stall_body"] = "answer"
+    delay: float = 0.0
 
 
 def digest(body: Mapping[str, Any], salt: str = "") -> str:
@@ -94,10 +95,11 @@ class FaultyServer:
     def __init__(self, respond: Callable[[Seen], Action]) -> None:
         self.respond = respond
         self.seen: list[Seen] = []
-        self.concurrent = self.most_concurrent = 0
+        self.connections = self.concurrent = self.most_concurrent = 0
         self._attempts: Counter[str] = Counter()
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         try:
             while (seen := await self._read(reader)) is not None:
                 self.concurrent += 1
@@ -107,9 +109,10 @@ class FaultyServer:
                         return
                 finally:
                     self.concurrent -= 1
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # asyncio's own server logs a cancelled handler as an error
         finally:
+            self.connections -= 1
             writer.close()
 
     async def _read(self, reader: asyncio.StreamReader) -> Seen | None:
@@ -128,6 +131,7 @@ class FaultyServer:
         return seen
 
     async def _act(self, action: Action, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await asyncio.sleep(action.delay)
         if action.kind == "reset":
             linger = struct.pack("ii", 1, 0)  # close with RST
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)

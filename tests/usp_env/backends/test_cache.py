@@ -112,6 +112,15 @@ def test_the_key_is_stable() -> None:
     assert request_key({"engine": "x"}, ask("hi", 7)) == "cbb06b1b9eb1f4e2ba3a9a56b7b51443562c29455d168b7f699938225cdea393"
 
 
+def test_of_two_writers_the_first_is_kept_and_both_hear_it(path: Path) -> None:
+    def overtaken(request: Request) -> str:
+        CacheBackend(ScriptedBackend(["first"]), path).generate([request])
+        return "second"
+
+    assert CacheBackend(ScriptedBackend(overtaken), path).generate([ask("a")])[0].text == "first"
+    assert CacheBackend(None, path, "strict").generate([ask("a")])[0].text == "first"
+
+
 def test_replay_answers_but_does_not_store(path: Path) -> None:
     CacheBackend(ScriptedBackend(echo), path).generate([ask("a")])
     before = path.read_bytes()
