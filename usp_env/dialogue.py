@@ -59,6 +59,7 @@ class Message:
         logprobs: Log-probability of each id under the sampling distribution, same length.
         finish_reason: Why the engine stopped (`Generation.finish_reason`).
         usage: Token counts: `prompt_tokens`, `completion_tokens`, …
+        notes: What the engine had to do to the request (`Generation.notes`).
     """
 
     role: Role
@@ -68,6 +69,7 @@ class Message:
     logprobs: tuple[float, ...] | None = None
     finish_reason: str | None = None
     usage: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def chat(self, keep_think: bool = False) -> dict[str, str]:
         """A fresh `{"role", "content"}` dict; `keep_think=True` shows the speaker its own thoughts."""

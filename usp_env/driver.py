@@ -117,6 +117,8 @@ class Conductor:
             "usage": episode.usage(),
             "messages": tuple({"role": m.role, "content": m.content} for m in episode.messages),
         }
+        if notes := {str(index): dict(m.notes) for index, m in enumerate(episode.messages) if m.notes}:
+            info["notes"] = notes
         if episode.done:
             info["utterance_rewards"] = list(episode.utterance_rewards)
         if self.rules.agent_role == "user":

@@ -269,9 +269,7 @@ class Episode:
             return self._end("bad_user" if role == "user" else "bad_assistant")
         emitted = made.text if made is not None else reply.text
         raw = emitted if emitted != content else None
-        facts = (
-            (made.token_ids, made.logprobs, made.finish_reason, dict(made.usage)) if made is not None else (None, None, None, {})
-        )
+        facts = (made.token_ids, made.logprobs, made.finish_reason, made.usage, made.notes) if made is not None else ()
         self._say(Message(role, content, raw, *facts), ended)
 
     def _say(self, message: Message, ended: bool = False) -> None:

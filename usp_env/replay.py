@@ -87,13 +87,15 @@ def _start(transcript: Transcript) -> Episode:
 
 def _say(episode: Episode, message: Any, last: bool, transcript: Transcript) -> None:
     text = message.get("raw") if message.get("raw") is not None else message["content"]
+    notes = message.get("notes", {})
     role, facts = message["role"], (message.get("token_ids"), message.get("logprobs"), message.get("finish_reason"))
     ends = last and transcript.end_reason == "user_ended" and role == "user"
     turn = episode.pending
     if isinstance(turn, PartnerTurn) and turn.view.role == role:
         ids, logprobs, reason = facts
         known = reason is not None or ids is not None or message.get("usage")
-        made = Generation(text, ids and tuple(ids), logprobs and tuple(logprobs), reason or "stop", message.get("usage", {}))
+        facts_of_engine = (ids and tuple(ids), logprobs and tuple(logprobs), reason or "stop", message.get("usage", {}))
+        made = Generation(text, *facts_of_engine, notes=notes)
         episode.feed(Reply(text if known else message["content"], ends, made if known else None))
     elif turn is None and role == episode.rules.agent_role:
         episode.act(Act(text, *facts, message.get("usage", {})))

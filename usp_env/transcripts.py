@@ -142,7 +142,7 @@ def transcribe(episode: Episode, models: Mapping[str, str]) -> Transcript:
 
 def _message(record: dict[str, Any]) -> dict[str, Any]:
     # Token ids and log-probabilities only where an engine told them: most readers want the text.
-    return {key: value for key, value in record.items() if value is not None or key not in ("token_ids", "logprobs")}
+    return {key: value for key, value in record.items() if value or key not in ("token_ids", "logprobs", "notes")}
 
 
 def read_transcripts(path: str | Path, torn: str = "raise") -> list[Transcript]:
@@ -190,6 +190,14 @@ def parse_transcript(line: str, file: str | Path, number: int) -> Transcript:
             raise TranscriptError(f"{where}: field {name!r} is missing; was this file written by usp_env?")
         if not isinstance(record[name], kind) or (kind is int and isinstance(record[name], bool)):
             raise TranscriptError(f"{where}, field {name!r}: expected {kind}, got {record[name]!r:.80}")
+    numbers = {
+        "rewards": record["rewards"],
+        "utterance_rewards": record["utterance_rewards"],
+        "reward_terms": record["reward_terms"].values(),
+    }
+    for name, values in numbers.items():
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            raise TranscriptError(f"{where}, field {name!r}: expected numbers, got {record[name]!r:.80}")
     for index, message in enumerate(record["messages"]):
         good = isinstance(message, dict) and message.get("role") in ("user", "assistant")
         if not good or not isinstance(message.get("content"), str):

@@ -24,6 +24,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from usp_env.backends import background, wire
 from usp_env.backends.base import Generation, Request, failed
@@ -95,8 +96,8 @@ class OpenAIBackend:
     def from_spec(cls, spec: ModelSpec) -> OpenAIBackend:
         """The backend of a parsed spec.
 
-        `key_env` names the variable that holds the key. Without it `OPENAI_API_KEY` is sent where it is set, as OpenAI's
-        own client does, whatever the url: name another one for a server that should not see it.
+        `key_env` names the variable that holds the key. Without it no key is sent, but to OpenAI's own hosts, which get
+        `OPENAI_API_KEY`: a key must not reach a server that nobody meant it for.
 
         Raises:
             SpecError: The variable that `key_env` names is not set, or an option of another engine.
@@ -104,13 +105,15 @@ class OpenAIBackend:
         if wrong := [name for name in _OTHER_ENGINES if name in spec.options]:
             raise SpecError(f"spec {str(spec)!r}: {', '.join(wrong)} means nothing to a server, which is set up on its own side")
         name = spec.options.get("key_env")
-        key = os.environ.get(name or "OPENAI_API_KEY", "").strip()
+        if name is None and all(_is_openai(url) for url in spec.urls):
+            name = "OPENAI_API_KEY"
+        key = os.environ.get(name, "").strip() if name else ""
         if name and not key:
             raise SpecError(
                 f"spec {str(spec)!r}: key_env names the environment variable {name}, which is not set; export {name}=…"
             )
         timeout = spec.options.get("timeout", 120.0)
-        checked = _checked_key(key or NO_KEY, f"the environment variable {name or 'OPENAI_API_KEY'}")
+        checked = _checked_key(key or NO_KEY, f"the environment variable {name}")
         return cls(spec.model, spec.urls, key=checked, timeout=timeout, spec=str(spec))
 
     @property
@@ -278,3 +281,8 @@ def _local_renderer(model: str, spec: str) -> Renderer:
             f"OpenAIBackend(..., renderer=Renderer(tokenizer)). A chat model can play the user as 'roleplay:{spec}' ({error})"
         ) from error
     return Renderer(tokenizer)
+
+
+def _is_openai(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host == "openai.com" or host.endswith(".openai.com")

@@ -12,19 +12,21 @@ end; one with `when="turn"` is evaluated after every agent step, its value is a 
 from __future__ import annotations
 
 import ast
-import asyncio
 import importlib
 import inspect
+import keyword
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
+
+from usp_env.backends import background
 from usp_env.dialogue import Dialogue, Role
 from usp_env.errors import MissingAssetError, SpecError, UnknownNameError
 from usp_env.profiles import Profile
-from usp_env.records import RewardTerms
+from usp_env.records import RewardTerms as RewardTerms
 
 When = Literal["turn", "end"]
 PlainReward = Callable[[Profile, Dialogue], float | None]
@@ -54,6 +56,29 @@ class RewardFunction(Protocol):
         ...
 
 
+def value(terms: RewardTerms) -> float:
+    """A dialogue's scalar: Σ dialogue terms + Σ mean(utterance vectors).
+
+    Example:
+        >>> value(RewardTerms({"human": np.array([1.0, 0.0])}, {"cycle": 0.25}))
+        0.75
+    """
+    return terms.value
+
+
+def utterance_credit(terms: RewardTerms, k: int) -> list[float]:
+    """Credit of each of the `k` agent utterances: Σ dialogue terms + Σ utterance vectors (paper Eq. 6).
+
+    Example:
+        >>> utterance_credit(RewardTerms({"human": np.array([1.0, 0.0])}, {"cycle": 0.25}), 2)
+        [1.25, 0.25]
+
+    Raises:
+        SpecError: A vector does not have length `k`.
+    """
+    return terms.credit(k)
+
+
 RewardLike = str | PlainReward | RewardFunction | None
 
 
@@ -74,7 +99,7 @@ class PlainFunction:
         if value is None:
             return None
         try:
-            number = float("nan") if isinstance(value, bool | str) else float(value)
+            number = float("nan") if isinstance(value, bool | np.bool_ | str | bytes) else float(value)
         except (TypeError, ValueError):
             number = float("nan")
         if not math.isfinite(number):
@@ -114,6 +139,8 @@ class WeightedSum:
 
     def __call__(self, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> list[RewardTerms | None]:
         """Merged, weighted terms; None where any part is not scorable."""
+        if not self.parts:
+            return [RewardTerms() for _ in dialogues]
         names = [part.name for _, part in self.parts]
         columns = [_evaluate(part, profiles, dialogues) for _, part in self.parts]
         return [
@@ -126,12 +153,12 @@ class WeightedSum:
 
 
 def register_reward(name: str, reward: PlainReward | RewardFunction) -> None:
-    """Make a name usable in reward expressions everywhere in this process.
+    """Make a name usable in reward expressions everywhere in this process; naming it again replaces it.
 
     Raises:
-        SpecError: The name is no identifier, is taken, or the reward is not callable.
+        SpecError: The name is no identifier, is a built-in reward's, or the reward is not callable.
     """
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise SpecError(f"reward name: expected an identifier such as 'politeness', got {name!r}")
     if name in _BUILTIN:
         raise SpecError(f"reward name {name!r} is a built-in one; choose another")
@@ -168,12 +195,25 @@ def parse_expression(text: str) -> list[tuple[float, str]]:
         >>> parse_expression("goal - 0.5*pkg.mod:fn")
         [(1.0, 'goal'), (-0.5, 'pkg.mod:fn')]
     """
+    text = " ".join(text.split())
     # `pkg.mod:fn` is no Python expression; an operator that nothing else uses stands for its colon.
+    if (at := text.find("@")) >= 0:
+        raise SpecError(f"reward {text!r}: '@' at character {at + 1} has no meaning here; expected a sum of NAME or NUMBER*NAME")
+    weights: dict[str, float] = {}
     try:
-        tree = ast.parse(text.strip().replace(":", "@"), mode="eval").body
-    except (SyntaxError, ValueError) as error:
-        raise SpecError(f"reward {text!r}: expected a sum such as 'goal+0.1*politeness' ({error})") from error
-    return _terms_of(tree, 1.0, text)
+        for weight, name in _terms_of(ast.parse(text.replace(":", "@"), mode="eval").body, 1.0, text):
+            weights[name] = weights.get(name, 0.0) + weight
+    except SyntaxError as error:
+        at = error.offset or len(text) + 1
+        raise SpecError(f"reward {text!r}: it breaks at character {at}; expected a sum such as 'goal+0.1*politeness'") from error
+    except (RecursionError, MemoryError) as error:
+        raise SpecError(
+            f"reward {text!r:.80}…: too deep to read ({error}); expected a sum such as 'goal+0.1*politeness'"
+        ) from error
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise SpecError(f"reward {text!r}: expected a finite weight of {name!r}, got {weight}")
+    return [(weight, name) for name, weight in weights.items()]
 
 
 def _terms_of(node: ast.expr, sign: float, text: str) -> list[tuple[float, str]]:
@@ -191,7 +231,8 @@ def _terms_of(node: ast.expr, sign: float, text: str) -> list[tuple[float, str]]
         return [(weight, f"{found}:{node.right.id}") for weight, found in _terms_of(node.left, sign, text)]
     if isinstance(node, ast.Name | ast.Attribute):
         return [(sign, ast.unparse(node))]
-    raise SpecError(f"reward {text!r}: expected a sum of NAME or NUMBER*NAME, got {ast.unparse(node)!r} in it")
+    found, at = ast.get_source_segment(text, node), len(text.encode()[: node.col_offset].decode()) + 1
+    raise SpecError(f"reward {text!r}: expected a sum of NAME or NUMBER*NAME, got {found!r} at character {at}")
 
 
 def _named(name: str, agent_role: Role) -> RewardFunction:
@@ -251,7 +292,7 @@ _registered: dict[str, PlainReward | RewardFunction] = {}
 def _evaluate(reward: RewardFunction, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> list[RewardTerms | None]:
     terms = reward(profiles, dialogues)
     if inspect.isawaitable(terms):
-        terms = _await(terms)
+        terms = background.run(_result(terms))
     if not isinstance(terms, Sequence) or len(terms) != len(dialogues):
         came = f"{len(terms)} of them" if isinstance(terms, Sequence) else type(terms).__name__
         raise SpecError(
@@ -260,34 +301,15 @@ def _evaluate(reward: RewardFunction, profiles: Sequence[Profile], dialogues: Se
     for item in terms:
         if item is not None and not isinstance(item, RewardTerms):
             raise SpecError(f"reward {reward.name!r}: expected RewardTerms or None, got {item!r:.80}")
+        for term, number in item.flat.items() if item is not None else ():
+            if not math.isfinite(number):
+                raise SpecError(f"reward {reward.name!r}: expected finite terms, or None (not scorable), got {term!r} = {number}")
     return list(terms)
 
 
-def _await(awaitable: Any) -> Any:
-    """The result of an awaitable, also where this thread's event loop is running already."""
-
-    async def wait() -> Any:
-        return await awaitable
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    box: list[Any] = []
-
-    def run() -> None:
-        try:
-            box.append((True, asyncio.run(wait())))
-        except BaseException as error:
-            box.append((False, error))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    good, result = box[0]
-    if not good:
-        raise result
-    return result
+async def _result(awaitable: Any) -> Any:
+    # One loop for the life of the process: a client of the reward's own keeps its connections from call to call.
+    return await awaitable
 
 
 def _merge(row: Sequence[tuple[float, str, RewardTerms | None]]) -> RewardTerms | None:
@@ -296,10 +318,15 @@ def _merge(row: Sequence[tuple[float, str, RewardTerms | None]]) -> RewardTerms 
     for weight, name, terms in row:
         if terms is None:
             return None
-        for kind, into in ((terms.utterance, utterance), (terms.dialogue, dialogue)):
-            for term, value in kind.items():
-                unique = term if term not in utterance and term not in dialogue else f"{name}.{term}"
-                if unique in utterance or unique in dialogue:
-                    raise SpecError(f"two rewards of one expression both give the term {unique!r}; rename one")
-                into[unique] = value * weight  # type: ignore[assignment, operator]
+        for term, vector in terms.utterance.items():
+            utterance[_unique(term, name, utterance, dialogue)] = np.asarray(vector, dtype=float) * weight
+        for term, number in terms.dialogue.items():
+            dialogue[_unique(term, name, utterance, dialogue)] = float(number) * weight
     return RewardTerms(utterance, dialogue)
+
+
+def _unique(term: str, reward: str, *taken: Mapping[str, Any]) -> str:
+    for name in (term, f"{reward}.{term}"):
+        if not any(name in terms for terms in taken):
+            return name
+    raise SpecError(f"two rewards of one expression both give the term {name!r}; rename one")

@@ -480,19 +480,29 @@ def test_a_malformed_body_shows_no_key_nor_a_part_of_it(body: str) -> None:
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY + "\n")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-default")
-    for option, expected in (("?key_env=MY_KEY", KEY), ("", "sk-default")):
+    for option, expected in (("?key_env=MY_KEY", KEY), ("", "EMPTY")):
         with serve(answer) as (server, url):
             backend = OpenAIBackend.from_spec(parse(f"openai:m@{url}{option}"))
             backend.generate([ask("hi")])
             backend.close()
         assert server.seen[0].headers["authorization"] == f"Bearer {expected}"
         assert backend.spec == f"openai:m@{url}{option}"
+
+
+def test_the_default_key_goes_to_its_own_host_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-default")
+    keys = {
+        url: OpenAIBackend.from_spec(parse(f"openai:m@{url}"))._key
+        for url in (
+            "https://api.openai.com/v1",
+            "https://api.openai.com.evil.example/v1",
+            "http://localhost:1/v1,https://api.openai.com/v1",
+        )
+    }
+    assert list(keys.values()) == ["sk-default", "EMPTY", "EMPTY"]
     monkeypatch.delenv("OPENAI_API_KEY")
-    with serve(answer) as (server, url):
-        backend = OpenAIBackend.from_spec(parse(f"openai:m@{url}"))
-        backend.generate([ask("hi")])
-        backend.close()
-    assert server.seen[0].headers["authorization"] == "Bearer EMPTY"
+    with pytest.raises(SpecError, match="OPENAI_API_KEY"):
+        OpenAIBackend.from_spec(parse("openai:m@https://api.openai.com/v1"))
 
 
 def test_a_missing_or_odd_key_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
