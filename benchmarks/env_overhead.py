@@ -23,7 +23,7 @@ ANSWER = "Sure. Here is the answer that you asked for; tell me if anything in it
 
 
 class RequestUser:
-    """Asks one of the bank's real requests at each turn, after `latency` seconds a batch."""
+    """Asks one of the bank's real requests at each turn, and ends one conversation in eight; `latency` seconds a batch."""
 
     role, spec = "user", "requests"
 
@@ -35,7 +35,10 @@ class RequestUser:
         """One request per view."""
         if self.latency:
             time.sleep(self.latency)
-        return [Reply(self.texts[seed % len(self.texts)]) for seed in seeds]
+        return [
+            Reply("", ended=True) if seed % 8 == 0 and not view.opening else Reply(self.texts[seed % len(self.texts)])
+            for view, seed in zip(views, seeds, strict=True)
+        ]
 
 
 def overhead(num_envs: int, mode: str, steps: int) -> float:
@@ -52,7 +55,10 @@ def overhead(num_envs: int, mode: str, steps: int) -> float:
 
 
 def share_of_ideal(num_envs: int, mode: str, latency: float, steps: int) -> float:
-    """Steps a second as a share of `num_envs / latency`, the reset's batch included."""
+    """Steps a second as a share of `num_envs / latency`, the reset's batch included.
+
+    Lanes end at different steps, so that every step needs a call; in `SameStep` the openings of new episodes are a second one.
+    """
     envs = DialogueVectorEnv(num_envs, RequestUser(latency), load_sampler(), None, autoreset_mode=mode)
     start = time.perf_counter()
     envs.reset(seed=0)

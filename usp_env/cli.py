@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -21,14 +22,24 @@ class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that suggests what was meant."""
 
     def error(self, message: str) -> NoReturn:
-        """End with the usage, the mistake and the nearest option."""
-        known = [option for action in self._actions for option in action.option_strings]
-        known += [name for action in self._actions for name in (action.choices or ())]
-        wrong = next((word for word in message.replace("'", " ").split() if word not in known and len(word) > 2), "")
-        words = [word for word in message.replace("'", " ").replace(",", " ").split() if word.startswith("-")] or [wrong]
-        near = [match for word in words for match in difflib.get_close_matches(word, known, n=1) if match != word]
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        super().error(message + hint)
+        """End with the usage, the mistake and the nearest thing that would do."""
+        quoted = re.search(r"invalid choice: '([^']*)'", message)
+        foreign = re.search(r"unrecognized arguments:.*?(--?[\w-]+)", message)
+        wrong, known = "", list[str]()
+        if quoted:
+            wrong, known = quoted[1], [str(name) for action in self._actions for name in action.choices or ()]
+        elif foreign:
+            wrong, known = foreign[1], sorted(self.options())
+        near = difflib.get_close_matches(wrong, known, n=1)
+        super().error(message + (f" (did you mean {near[0]}?)" if near else ""))
+
+    def options(self) -> set[str]:
+        """Option names of this parser and of its commands."""
+        found = {name for action in self._actions for name in action.option_strings}
+        for action in self._actions:
+            for sub in action.choices.values() if isinstance(action.choices, dict) else ():
+                found |= sub.options() if isinstance(sub, Parser) else set()
+        return found
 
 
 def positive(text: str) -> int:
@@ -118,6 +129,8 @@ def _speakers(parser: argparse.ArgumentParser, user: str = "usp-mini", assistant
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = build_parser().parse_args(argv)
+    # An application's choice, so it is made here: the bars of model loading would tear the live transcript.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from usp_env import commands
 
     try:

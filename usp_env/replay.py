@@ -94,8 +94,8 @@ def _say(episode: Episode, message: Any, last: bool, transcript: Transcript) -> 
     if isinstance(turn, PartnerTurn) and turn.view.role == role:
         ids, logprobs, reason = facts
         known = reason is not None or ids is not None or message.get("usage")
-        facts_of_engine = (ids and tuple(ids), logprobs and tuple(logprobs), reason or "stop", message.get("usage", {}))
-        made = Generation(text, *facts_of_engine, notes=notes)
+        usage = message.get("usage", {})
+        made = Generation(text, ids and tuple(ids), logprobs and tuple(logprobs), reason or "stop", usage, notes=notes)
         episode.feed(Reply(text if known else message["content"], ends, made if known else None))
     elif turn is None and role == episode.rules.agent_role:
         episode.act(Act(text, *facts, message.get("usage", {})))

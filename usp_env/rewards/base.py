@@ -228,8 +228,10 @@ def _terms_of(node: ast.expr, sign: float, text: str) -> list[tuple[float, str]]
                 return [(sign * float(number.value) * weight, found) for weight, found in _terms_of(name, 1.0, text)]
     # 0.1*pkg.mod@fn parses as (0.1*pkg.mod)@fn: the two operators bind alike.
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult) and isinstance(node.right, ast.Name):
-        return [(weight, f"{found}:{node.right.id}") for weight, found in _terms_of(node.left, sign, text)]
-    if isinstance(node, ast.Name | ast.Attribute):
+        modules = _terms_of(node.left, sign, text)
+        if len(modules) == 1:
+            return [(modules[0][0], f"{modules[0][1]}:{node.right.id}")]
+    if isinstance(node, ast.Name | ast.Attribute) and all(part.isidentifier() for part in ast.unparse(node).split(".")):
         return [(sign, ast.unparse(node))]
     found, at = ast.get_source_segment(text, node), len(text.encode()[: node.col_offset].decode()) + 1
     raise SpecError(f"reward {text!r}: expected a sum of NAME or NUMBER*NAME, got {found!r} at character {at}")
