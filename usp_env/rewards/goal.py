@@ -82,7 +82,7 @@ class Calibration:
     raised: float
 
     def probability(self, cosines: FloatArray) -> FloatArray:
-        """p = clip((cos − zero) / (one − zero), 0, 1)."""
+        """Map cosines, any shape, to p = clip((cos − zero) / (one − zero), 0, 1)."""
         p: FloatArray = np.clip((cosines - self.zero) / (self.one - self.zero), 0.0, 1.0)
         return p
 
@@ -151,7 +151,7 @@ class SimilarityScorer:
 
 
 @cache
-def load_scorer(name: str = "minilm-v0") -> Scorer:
+def load_scorer(name: str) -> Scorer:
     """The scorer of this name, loaded once a process.
 
     Raises:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from doubles import Speaker
 
 from usp_env.dialogue import Dialogue
+from usp_env.env import DialogueEnv
 from usp_env.errors import SpecError, UnknownNameError
 from usp_env.profiles import Profile, combine
 from usp_env.rewards.base import make_reward
@@ -25,6 +27,7 @@ from usp_env.rewards.goal import (
     overlap,
     sentences,
 )
+from usp_env.sampling.base import UniformSampler
 
 
 class Table:
@@ -79,12 +82,14 @@ def test_phi_is_the_mean_of_the_best_answers() -> None:
 
 
 def test_a_detail_counts_from_the_turn_that_raises_it() -> None:
-    scorer = Table({("Two!", "two"): 1.0}, {("ask two", "two"), ("again", "two")})
-    assert phi(scorer, person("two"), "ask one", "Two!", "ask two", "Hm.") == 0.0  # before: not asked for yet
-    assert phi(scorer, person("two"), "ask one", "Hm.", "ask two", "Two!") == 1.0
-    assert phi(scorer, person("two"), "ask one", "Hm.", "ask two", "Hm.", "more", "Two!") == 1.0  # at any later time
-    assert phi(scorer, person("two"), "ask two", "Two!", "again", "Hm.") == 1.0  # the first such turn, not the last
-    assert scorer.seen == [(s, "two") for s in ("Hm.", "Two!", "Hm.", "Two!", "Two!", "Hm.")]  # nothing else was looked at
+    scorer = Table({("Second!", "two"): 1.0}, {("ask two", "two"), ("again", "two")})
+    assert phi(scorer, person("two"), "ask one", "Second!", "ask two", "Hm.") == 0.0  # before: not asked for yet
+    assert phi(scorer, person("two"), "ask one", "Hm.", "ask two", "Second!") == 1.0
+    assert phi(scorer, person("two"), "ask one", "Hm.", "ask two", "Hm.", "more", "Second!") == 1.0  # at any later time
+    assert phi(scorer, person("two"), "ask two", "Second!", "again", "Hm.") == 1.0  # the first such turn, not the last
+    assert scorer.seen == [
+        (s, "two") for s in ("Hm.", "Second!", "Hm.", "Second!", "Second!", "Hm.")
+    ]  # nothing else was looked at
 
 
 def test_at_most_eight_sentences_of_a_reply() -> None:
@@ -124,6 +129,16 @@ def test_sentences() -> None:
     assert sentences("open ```x. y") == ["open", "```x. y"]
     assert sentences("你好。再见。") == ["你好。", "再见。"]
     assert sentences(" \n...\n") == []
+
+
+def test_an_environment_pays_the_differences(sampler: UniformSampler) -> None:
+    turns = TALK[::2]
+    user = Speaker(lambda view, seed: turns[len(view.messages) // 2])
+    env = DialogueEnv(user, sampler, GoalProgress(SCORER), population="uniform", max_turns=3)
+    env.reset(seed=0, options={"profile": person("one", "two", "three")})
+    paid = [env.step(text)[1] for text in TALK[1::2]]
+    assert paid == pytest.approx([0.3 / 3, (0.6 + 0.6) / 3, 0.0])
+    assert sum(paid) == pytest.approx(1.5 / 3)  # the return is the last Φ
 
 
 # ── details ──────────────────────────────────────────────────────────────────────────────────────
@@ -200,5 +215,79 @@ def test_each_text_is_embedded_once() -> None:
     scorer(["60", "90"], ["0", "0"])
     assert embedder.calls[1:] == [["90"]]
     assert scorer(["1", "2", "3", "4"], ["0"] * 4).shape == (4,)  # more texts than the cache holds
-    scorer(["4"], ["3"])
-    assert embedder.calls[2:] == [["1", "2", "3", "4"], ["3"]]  # "0" came last, "4" before it; "3" had gone
+    scorer(["4"], ["2"])
+    assert embedder.calls[2:] == [["1", "2", "3", "4"], ["2"]]  # 3, 4 and 0 were the last
+
+
+def test_small_noise_of_an_embedder_does_not_show() -> None:
+    noise = iter((0.0, 1e-6, -1e-6))
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        return Plane()(texts) + next(noise)
+
+    values = {SimilarityScorer("plane", embed, Calibration(0.0, 1.0, 0.5))(["50"], ["0"])[0] for _ in range(3)}
+    assert values == {0.643}  # cos 50° = .64279
+
+
+def test_a_reward_by_name_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("usp_env.rewards.goal.load_scorer", lambda name: SCORER)
+    for twin in (copy.deepcopy(GoalProgress()), pickle.loads(pickle.dumps(GoalProgress("minilm-v0")))):
+        assert twin([person("one")], [talk(*TALK)])[0].value == 0.9
+
+
+# ── the real scorer ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def minilm() -> SimilarityScorer:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    scorer = load_scorer("minilm-v0")
+    assert isinstance(scorer, SimilarityScorer)
+    return scorer
+
+
+QUESTION = "How can I keep basil fresh for a week?"
+ANSWER = "Keep the basil in a glass of water, loosely covered, at room temperature."
+UNRELATED = (
+    "The stock market closed lower on Friday.",
+    "Use a left join to keep the rows without a match.",
+    "Sure, I can help you with that!",
+)
+
+
+@pytest.mark.assets
+def test_an_answer_is_told_from_what_is_unrelated(minilm: SimilarityScorer) -> None:
+    detail = "Ask how to keep basil fresh for a week"
+    p = minilm([ANSWER, *UNRELATED], [detail] * 4)
+    assert p[0] > 0.5
+    assert list(p[1:]) == [0.0, 0.0, 0.0]
+    assert list(minilm.raised([QUESTION, "Write a poem about the sea."], [detail] * 2)) == [True, False]
+
+
+@pytest.mark.assets
+def test_goal_by_name(minilm: SimilarityScorer) -> None:
+    reward = make_reward("goal", "assistant")
+    assert reward is not None
+    assert reward.when == "turn"
+    profile = person("Ask how to keep basil fresh for a week", "Ask for a poem about the sea")
+    replies = {"answer": ANSWER, "unrelated": " ".join(UNRELATED), "echo": QUESTION}
+    terms = reward([profile] * 3, [talk(QUESTION, reply) for reply in replies.values()])
+    values = dict(zip(replies, (t.value for t in terms if t is not None), strict=True))
+    assert 0.25 < values["answer"] <= 0.5  # one of two details
+    assert values["unrelated"] == values["echo"] == 0.0
+
+
+@pytest.mark.assets
+def test_one_dialogue_scores_as_in_a_batch(minilm: SimilarityScorer) -> None:
+    profile = person("Ask how to keep basil fresh for a week")
+    talks = [talk(QUESTION, f"{ANSWER} {'And so on. ' * n}") for n in range(8)]
+    batch = [t and t.value for t in GoalProgress(minilm)([profile] * 8, talks)]
+    fresh = SimilarityScorer("again", minilm._embedder, minilm.calibration)
+    assert [t and t.value for d in talks for t in GoalProgress(fresh)([profile], [d])] == batch
+
+
+@pytest.mark.assets
+def test_the_shipped_calibration_is_in_order(minilm: SimilarityScorer) -> None:
+    calibration = minilm.calibration
+    assert 0 < calibration.zero < calibration.raised < calibration.one < 1

@@ -6,7 +6,7 @@ import asyncio
 import math
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -36,9 +36,8 @@ class Fixed:
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_registered", {})
-    yield base._registered
 
 
 def evaluate(reward: object, dialogue: Dialogue | None = None, final: bool = True) -> RewardTerms | None:
