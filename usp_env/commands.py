@@ -20,7 +20,7 @@ from usp_env.episode import Episode
 from usp_env.errors import SpecError, UnknownNameError, UspError, require
 from usp_env.profiles import Profile, ProfileBank
 from usp_env.records import RewardTerms
-from usp_env.transcripts import RunDirectory, Transcript, read_transcripts, transcribe
+from usp_env.transcripts import RunDirectory, Transcript, check_free, read_transcripts, transcribe
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,6 +73,8 @@ def play(arguments: argparse.Namespace) -> int:
         raise SpecError("--episode and --from-turn go on from a recorded run: name it with --replay RUN")
     from usp_env.rollout import plan
 
+    if arguments.out:
+        check_free(arguments.out, arguments.resume, arguments.overwrite)
     conductor, agent = _stage(arguments)
     specs = plan(
         conductor.sampler, _populations(arguments.population, conductor.sampler.populations), arguments.episodes, arguments.seed
@@ -83,7 +85,9 @@ def play(arguments: argparse.Namespace) -> int:
             "assistant": agent.spec,
             **{k: getattr(arguments, k) for k in ("bank", "split", "population", "turns", "reward", "seed")},
         }
-        record = conductor.record = RunDirectory(arguments.out, config, arguments.resume, arguments.overwrite)
+        record = conductor.record = RunDirectory(
+            arguments.out, config, arguments.resume, arguments.overwrite, conductor.provenance(agent)
+        )
         known = [spec for spec in specs if f"{spec.episode_seed:014x}" in record.finished]
         if known:
             say(f"{len(known)} of {len(specs)} episodes are finished already")

@@ -16,7 +16,8 @@ from usp_env.errors import BackendError, SpecError, UnknownNameError, UspError
 from usp_env.profiles import Profile
 from usp_env.records import EpisodeSpec, PartnerTurn, Reply, RewardTerms, Rules, Scoring
 from usp_env.sampling.base import Draw, EpisodeSummary, Sampler
-from usp_env.users.base import Partner
+from usp_env.sampling.density import bank_digest
+from usp_env.users.base import ModelSpeaker, Partner
 
 if TYPE_CHECKING:
     from usp_env.rewards.base import WeightedSum
@@ -124,6 +125,11 @@ class Conductor:
         if self.rules.agent_role == "user":
             info["target_profile"] = episode.profile
         return info
+
+    def provenance(self, *speakers: Partner) -> dict[str, Any]:
+        """What decides the outcome besides the configuration: digests of bank, sampler and models."""
+        models = {s.spec: dict(s.backend.identity) for s in (self.partner, *speakers) if isinstance(s, ModelSpeaker)}
+        return {"bank": bank_digest(self.sampler.bank), "sampler": getattr(self.sampler, "digest", None), "models": models}
 
     def _draw(self, rng: np.random.Generator, options: Mapping[str, Any]) -> Draw:
         given = [name for name in ("population", "profile", "profile_id", "user_id") if options.get(name) is not None]

@@ -67,7 +67,7 @@ def make_conductor(
             **bank,
             "rules": dataclasses.asdict(checked),
         }
-        conductor.record = RunDirectory(record, config)
+        conductor.record = RunDirectory(record, config, provenance=conductor.provenance())
     return conductor
 
 

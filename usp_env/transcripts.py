@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -216,26 +217,25 @@ class RunDirectory:
         config: What `run.json` records and a resumed run must share.
         resume: Go on with a run that is there: `finished` holds its episodes.
         overwrite: Begin anew over whatever is there.
+        provenance: Also recorded: digests of models, bank and sampler (`Conductor.provenance`).
 
     Raises:
         RunDirectoryError: The path is taken, or the resumed run was configured differently (the diff is shown).
     """
 
     def __init__(
-        self, path: str | Path, config: Mapping[str, Any] | None = None, resume: bool = False, overwrite: bool = False
+        self,
+        path: str | Path,
+        config: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
         self.finished: dict[str, Transcript] = {}
         self.models: Mapping[str, str] | None = None  # set by who knows both speakers; an environment knows its partner
         self._lock = threading.Lock()
-        taken = self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()))
-        if self.path.is_file():
-            raise RunDirectoryError(f"expected a directory to write to, but {str(path)!r} is a file: choose another")
-        if taken and not (resume or overwrite):
-            raise RunDirectoryError(
-                f"{str(path)!r} is not empty: choose another directory, resume the run (--resume, resume=True), or begin "
-                "anew over it (--overwrite, overwrite=True)"
-            )
+        check_free(path, resume, overwrite)
         resolved = json.loads(json.dumps(config)) if config is not None else None
         self.path.mkdir(parents=True, exist_ok=True)
         if resume and (self.path / RUN).is_file():
@@ -243,8 +243,10 @@ class RunDirectory:
             self._mend()
             self.finished = {t.episode_id: t for t in read_transcripts(self.path)} if self.file.is_file() else {}
         else:
-            (self.path / RUN).write_text(json.dumps(describe(resolved), indent=1, ensure_ascii=False) + "\n", "utf-8")
             self.file.write_text("", "utf-8")
+            text = json.dumps(describe(resolved) | {"provenance": provenance}, indent=1, ensure_ascii=False, default=str)
+            (self.path / f"{RUN}.new").write_text(text + "\n", "utf-8")
+            (self.path / f"{RUN}.new").replace(self.path / RUN)
 
     @property
     def file(self) -> Path:
@@ -295,14 +297,41 @@ def locked(stream: Any) -> None:
     fcntl.flock(stream, fcntl.LOCK_EX)
 
 
+def check_free(path: str | Path, resume: bool = False, overwrite: bool = False) -> None:
+    """Raise `RunDirectoryError` unless a run may be written here as asked; cheap, so it can come before models load."""
+    folder = Path(path)
+    if folder.is_file():
+        raise RunDirectoryError(f"expected a directory to write to, but {str(path)!r} is a file: choose another")
+    taken = folder.is_dir() and any(folder.iterdir())
+    if taken and not (resume or overwrite):
+        raise RunDirectoryError(
+            f"{str(path)!r} is not empty: choose another directory, resume the run (--resume, resume=True), or begin "
+            "anew over it (--overwrite, overwrite=True)"
+        )
+    if taken and resume and not (folder / RUN).is_file():
+        raise RunDirectoryError(
+            f"{str(path)!r} is not empty, and it holds no run to resume ({RUN} is missing): choose another directory"
+        )
+
+
 def describe(config: Any) -> dict[str, Any]:
     """What `run.json` holds: configuration, command, versions, hardware."""
     return {
         "config": config,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": _commit(),
         "versions": versions(),
         "hardware": {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()},
     }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, where the package runs from one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 @cache

@@ -122,6 +122,7 @@ def test_run_directory_round_trip(sampler: object, tmp_path: object) -> None:
     assert read == [type(read[0])(**json.loads(json.dumps(transcribe(e, models).to_json()))) for e in episodes]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["config"] == {"seed": 1}
+    assert set(stage.provenance()) == {"bank", "sampler", "models"}
     assert "numpy" in run["versions"]
 
 
@@ -139,6 +140,11 @@ def test_a_taken_directory_is_refused_and_nothing_is_lost(sampler: object, tmp_p
     assert (tmp_path / "run" / "transcripts.jsonl").read_bytes() == text
     resumed = RunDirectory(tmp_path / "run", {"seed": 1, "user": "a"}, resume=True)
     assert set(resumed.finished) == {f"{100 + i:014x}" for i in range(3)}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "transcripts.jsonl").write_text("precious")
+    with pytest.raises(RunDirectoryError, match="run.json is missing"):
+        RunDirectory(tmp_path / "other", {}, resume=True)
+    assert (tmp_path / "other" / "transcripts.jsonl").read_text() == "precious"
     RunDirectory(tmp_path / "run", {"seed": 3}, overwrite=True)
     assert read_transcripts(tmp_path / "run") == []
 
