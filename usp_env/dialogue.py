@@ -152,9 +152,9 @@ class View:
 
 
 def _message(record: Mapping[str, Any], index: int) -> Message:
-    role, content = record.get("role"), record.get("content")
+    role, content = (record.get("role"), record.get("content")) if isinstance(record, Mapping) else (None, None)
     if role not in ("user", "assistant") or not isinstance(content, str):
-        raise SpecError(f"message {index}: expected a role 'user' or 'assistant' and a content string, got {dict(record)!r:.120}")
+        raise SpecError(f"message {index}: expected a role 'user' or 'assistant' and a content string, got {record!r:.120}")
     return Message(role, content)
 
 

@@ -17,6 +17,7 @@ from usp_env.profiles import Profile
 from usp_env.records import EpisodeSpec, PartnerTurn, Reply, RewardTerms, Rules, Scoring
 from usp_env.sampling.base import Draw, EpisodeSummary, Sampler
 from usp_env.sampling.density import bank_digest
+from usp_env.spaces import is_unicode
 from usp_env.users.base import ModelSpeaker, Partner
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Conductor:
 
     def new_episode(self, rng: np.random.Generator, options: Mapping[str, Any] | None = None) -> Episode:
         """Draw a user and begin an episode; `options` as in `DialogueEnv.reset`."""
+        if options is not None and not isinstance(options, Mapping):
+            raise SpecError(f"options: expected a dict with any of {', '.join(OPTIONS)}, got {options!r:.80}")
         options = dict(options or {})
         for name in options:
             if name not in OPTIONS:
@@ -65,7 +68,7 @@ class Conductor:
             return self._begin(_as_spec(spec), self.sampler.bank.get(_as_spec(spec).profile_id), {})
         draw = self._draw(rng, options)
         opening = options.get("opening")
-        if opening is not None and (not isinstance(opening, str) or not opening.strip()):
+        if opening is not None and not self._sayable(opening):
             raise SpecError(f"reset option 'opening': expected the user's first utterance, got {opening!r:.80}")
         # 53 bits: any JSON reader keeps the number exactly.
         spec = EpisodeSpec(draw.profile.id, draw.population, int(rng.integers(2**53)), opening)
@@ -147,6 +150,10 @@ class Conductor:
         population = options.get("population") or self.population
         check_population(self.sampler, population)
         return self.sampler.draw(1, population, rng)[0]
+
+    @staticmethod
+    def _sayable(text: object) -> bool:
+        return isinstance(text, str) and bool(text.strip()) and is_unicode(text)
 
     def _session(self, rng: np.random.Generator, user_id: str) -> Profile:
         sessions = [profile for profile in self.sampler.bank if profile.user_id == user_id]

@@ -172,9 +172,9 @@ class DialogueEnv(gym.Env[Observation, str]):
         episode = Episode.restore(snapshot.state)
         if episode.rules.agent_role != self.conductor.rules.agent_role:
             raise SpecError(f"the snapshot is of the {episode.rules.agent_role}'s seat, this environment's agent has the other")
-        self.episode = episode
         if snapshot.rng is not None:
-            self.np_random.bit_generator.state = dict(snapshot.rng)
+            set_state(self.np_random, snapshot.rng)
+        self.episode = episode
         return episode.observation()
 
     def fork(self, n: int, diverge: bool = True) -> list[DialogueEnv]:
@@ -184,6 +184,7 @@ class DialogueEnv(gym.Env[Observation, str]):
             n: How many.
             diverge: Whether each gets noise of its own; else all repeat this one's.
         """
+        check_branches(n)
         snapshot, episode = self.snapshot(), self._live()
         children = []
         for index in range(n):
@@ -203,6 +204,24 @@ class DialogueEnv(gym.Env[Observation, str]):
         if self.episode is None:
             raise CallOrderError("call reset() before step(), snapshot() or fork()")
         return self.episode
+
+
+def check_branches(n: object) -> None:
+    """Raise `SpecError` unless `n` is a number of branches."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise SpecError(f"fork: expected a whole number of branches of at least 1, got {n!r}")
+
+
+def set_state(rng: np.random.Generator, state: Mapping[str, Any]) -> None:
+    """Put a generator into a snapshot's state.
+
+    Raises:
+        SpecError: It is no state of a PCG64 generator.
+    """
+    try:
+        rng.bit_generator.state = dict(state)
+    except (TypeError, ValueError, KeyError) as error:
+        raise SpecError(f"snapshot: expected 'rng' to be the state of a PCG64 generator, got {state!r:.80} ({error})") from error
 
 
 def fork(env: gym.Env[Any, Any], n: int, diverge: bool = True) -> list[gym.Env[Any, Any]]:
@@ -234,6 +253,8 @@ def make_specs(
     """
     from usp_env.sampling import load_sampler
 
+    if not isinstance(n, int) or n < 0:
+        raise SpecError(f"make_specs: expected a number of episodes, got {n!r}")
     source: Sampler = sampler if sampler is not None else load_sampler()
     rng = np.random.default_rng(seed)
     draws = source.draw(n, population, rng)

@@ -203,6 +203,11 @@ class Episode:
     def restore(cls, state: Mapping[str, Any]) -> Episode:
         """The inverse of `snapshot`."""
         try:
+            for name, kind in (("turn", int), ("tokens", int), ("potential", int | float), ("branch", str)):
+                if not isinstance(state[name], kind):
+                    raise TypeError(f"{name}: {state[name]!r:.40}")
+            if not isinstance(state["spec"]["episode_seed"], int):
+                raise TypeError(f"episode_seed: {state['spec']['episode_seed']!r:.40}")
             episode = cls(
                 EpisodeSpec(**state["spec"]), Profile(**state["profile"]), Rules(**state["rules"]), state["user_options"]
             )

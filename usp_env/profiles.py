@@ -145,7 +145,7 @@ class ProfileBank(Sequence[Profile]):
         """
         if (profile := self._by_id.get(profile_id)) is not None:
             return profile
-        if profile_id.startswith(VIRTUAL_PREFIX):
+        if isinstance(profile_id, str) and profile_id.startswith(VIRTUAL_PREFIX):
             parts = profile_id.removeprefix(VIRTUAL_PREFIX).split("+")
             for cut in range(1, len(parts)):  # an id may itself hold a plus sign
                 first, second = "+".join(parts[:cut]), "+".join(parts[cut:])

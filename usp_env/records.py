@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -124,12 +125,17 @@ class Rules:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("max_turns", "max_chars"):
+        optional = ("token_budget",) if self.token_budget is not None else ()
+        for name in ("max_turns", "max_chars", *optional):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"{name}: expected a whole number of at least 1, got {value!r}")
-        if self.token_budget is not None and (not isinstance(self.token_budget, int) or self.token_budget < 1):
-            raise SpecError(f"token_budget: expected a whole number of at least 1 or None, got {self.token_budget!r}")
+        for name in ("bad_action_reward", "repetition_ratio", "gratitude_words"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise SpecError(f"{name}: expected a finite number, got {value!r}")
+        if not isinstance(self.keep_think, bool):
+            raise SpecError(f"keep_think: expected True or False, got {self.keep_think!r}")
 
 
 @dataclass(frozen=True, slots=True)

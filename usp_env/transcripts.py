@@ -237,7 +237,10 @@ class RunDirectory:
         self._lock = threading.Lock()
         check_free(path, resume, overwrite)
         resolved = json.loads(json.dumps(config)) if config is not None else None
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot make the run directory {str(path)!r} ({error.strerror}): choose another") from error
         if resume and (self.path / RUN).is_file():
             self._check_config(resolved)
             self._mend()

@@ -18,7 +18,7 @@ from gymnasium.vector.utils import batch_space
 
 from usp_env.dialogue import Role
 from usp_env.driver import OPTIONS
-from usp_env.env import Observation, make_conductor, seat_parts
+from usp_env.env import Observation, check_branches, make_conductor, seat_parts, set_state
 from usp_env.episode import Episode
 from usp_env.errors import CallOrderError, SpecError, UnknownNameError
 from usp_env.records import Snapshot
@@ -134,20 +134,22 @@ class DialogueVectorEnv(VectorEnv[Observations, Sequence[str], np.ndarray]):
 
     def snapshot(self, index: int) -> Snapshot:
         """Freeze lane `index`."""
+        self._check_lane(index)
         rng = self._rngs[index]
         return Snapshot(self._live()[index].snapshot(), None if rng is None else rng.bit_generator.state)  # type: ignore[arg-type]
 
     def restore(self, index: int, snapshot: Snapshot) -> Observation:
         """Put a snapshot into lane `index`; returns its observation."""
-        self.episodes[index] = episode = Episode.restore(snapshot.state)
-        self._ended[index] = episode.done
-        rng = self._rngs[index] = np.random.default_rng()
+        episode, rng = Episode.restore(snapshot.state), np.random.default_rng()
         if snapshot.rng is not None:
-            rng.bit_generator.state = dict(snapshot.rng)
+            set_state(rng, snapshot.rng)
+        self._check_lane(index)
+        self.episodes[index], self._rngs[index], self._ended[index] = episode, rng, episode.done
         return episode.observation()
 
     def fork(self, index: int, n: int, diverge: bool = True) -> DialogueVectorEnv:
         """A vector environment of `n` lanes that go on from lane `index`, which is unchanged."""
+        check_branches(n)
         snapshot, episode = self.snapshot(index), self._live()[index]
         child = object.__new__(DialogueVectorEnv)
         child.__dict__.update(self.__dict__)
@@ -203,6 +205,12 @@ class DialogueVectorEnv(VectorEnv[Observations, Sequence[str], np.ndarray]):
     def _live(self) -> list[Episode]:
         return [episode for episode in self.episodes if episode is not None]
 
+    def _check_lane(self, index: int) -> None:
+        if not isinstance(index, int | np.integer) or not 0 <= index < self.num_envs:
+            raise SpecError(f"expected a lane from 0 to {self.num_envs - 1}, got {index!r}")
+        if len(self._live()) < self.num_envs:
+            raise CallOrderError("call reset() first")
+
     def _rng(self, lane: int) -> np.random.Generator:
         rng = self._rngs[lane]
         if rng is None:
@@ -213,8 +221,9 @@ class DialogueVectorEnv(VectorEnv[Observations, Sequence[str], np.ndarray]):
         episodes = self._live()
         if len(episodes) < self.num_envs:
             raise CallOrderError("call reset() before step()")
-        if isinstance(actions, str) or len(actions) != self.num_envs:
-            came = repr(actions)[:80] if isinstance(actions, str) else f"{len(actions)} actions"
+        countable = isinstance(actions, Sequence | np.ndarray) and not isinstance(actions, str)
+        if not countable or len(actions) != self.num_envs:
+            came = f"{len(actions)} actions" if countable else repr(actions)[:80]
             raise SpecError(f"expected one utterance for each of {self.num_envs} lanes, got {came}")
         for action in actions:
             check_action(action)
@@ -254,7 +263,8 @@ class DialogueVectorEnv(VectorEnv[Observations, Sequence[str], np.ndarray]):
         return every if mask is None else mask, {lane: {**shared, **own} for lane, own in lanes.items()}
 
     def _lanes(self, dicts: Any) -> dict[int, Mapping[str, Any]]:
-        if isinstance(dicts, str) or len(dicts) != self.num_envs or not all(isinstance(own, Mapping) for own in dicts):
+        listed = isinstance(dicts, Sequence) and not isinstance(dicts, str)
+        if not listed or len(dicts) != self.num_envs or not all(isinstance(own, Mapping) for own in dicts):
             raise SpecError(f"options: expected one dict for all lanes or {self.num_envs} dicts, got {dicts!r:.120}")
         return dict(enumerate(dicts))
 

@@ -25,8 +25,10 @@ from usp_env.errors import (
     CallOrderError,
     InvalidActionError,
     MissingAssetError,
+    RunDirectoryError,
     SpecError,
     UnknownNameError,
+    UspError,
 )
 from usp_env.profiles import Profile
 from usp_env.records import EpisodeSpec, Reply, Snapshot
@@ -301,3 +303,52 @@ def test_make_specs(sampler: object) -> None:
     specs = usp_env.make_specs(5, "uniform", 3, sampler)
     assert specs == usp_env.make_specs(5, "uniform", 3, sampler)
     assert len({spec.episode_seed for spec in specs}) == 5
+
+
+@pytest.mark.parametrize(
+    "options", [5, "x", {"opening": "\ud800"}, {"opening": ""}, {"profile_id": 5}, {"episode": {"profile_id": 3}}, {"user_id": 4}]
+)
+def test_odd_reset_options_are_project_errors(sampler: object, options: object) -> None:
+    env = DialogueEnv(Speaker(sampled), sampler, population="uniform")
+    with pytest.raises(UspError):
+        env.reset(options=options)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"keep_think": "no"}, {"bad_action_reward": "x"}, {"repetition_ratio": None}, {"gratitude_words": float("nan")}]
+)
+def test_odd_settings_are_project_errors(settings: dict[str, object]) -> None:
+    with pytest.raises(SpecError, match=next(iter(settings))):
+        make(**settings)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("turn", "x"),
+        ("spec", {"profile_id": "p"}),
+        ("messages", [{}]),
+        ("rules", {"max_turns": -5}),
+        ("profile", {"id": 1}),
+        ("tokens", None),
+    ],
+)
+def test_tampered_snapshots_are_project_errors(sampler: object, path: str, value: object) -> None:
+    env = DialogueEnv(Speaker(sampled), sampler, population="uniform")
+    env.reset(seed=0)
+    before = env.episode
+    data = json.loads(json.dumps(env.snapshot().to_json()))
+    with pytest.raises(SpecError):
+        env.restore(Snapshot.from_json({**data, "state": {**data["state"], path: value}}))
+    for rng in ({"a": 1}, 5):
+        with pytest.raises(SpecError, match="PCG64"):
+            env.restore(Snapshot.from_json({**data, "rng": rng}))
+    for n in (0, -1, "a"):
+        with pytest.raises(SpecError, match="branches"):
+            env.fork(n)
+    assert env.episode is before
+
+
+def test_a_run_directory_that_cannot_be_made() -> None:
+    with pytest.raises(RunDirectoryError, match="choose another"):
+        make(record="/proc/nowhere/run")

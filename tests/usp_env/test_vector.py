@@ -191,6 +191,14 @@ def test_options_that_do_not_fit_raise_and_move_nothing(sampler: object) -> None
     for options in ({"populaton": "x"}, [*[{}] * 5, {"profile_id": "nobody"}]):
         with pytest.raises(UnknownNameError):
             envs.reset(options=options)
+    for options in (5, {"lanes": 5}, {"reset_mask": "abc"}):
+        with pytest.raises(SpecError):
+            envs.reset(options=options)
+    for index in (-1, 6, "a"):
+        with pytest.raises(SpecError, match="lane"):
+            envs.snapshot(index)
+    with pytest.raises(SpecError):
+        envs.step(None)
     with pytest.raises(SpecError, match="seed"):
         envs.reset(seed=[1, 2])
     for actions, error in [(["a"] * 5, SpecError), ("abcdef", SpecError), (["a"] * 5 + [3], InvalidActionError)]:

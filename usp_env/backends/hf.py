@@ -93,6 +93,10 @@ class HFBackend:
             raise SpecError(f"spec {str(spec)!r}: {', '.join(wrong)} means nothing to a model in this process")
         transformers = require("transformers", "hf")
         device = spec.options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise SpecError(
+                f"spec {str(spec)!r}: this machine (or this build of torch) has no GPU; leave 'device' out, or use device=cpu"
+            )
         dtype = getattr(torch, spec.options.get("dtype") or ("float32" if device == "cpu" else "bfloat16"), None)
         if not isinstance(dtype, torch.dtype):
             raise SpecError(
