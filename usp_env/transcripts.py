@@ -274,7 +274,10 @@ class RunDirectory:
         return self  # forks of an environment write into the same run
 
     def _check_config(self, config: Any) -> None:
-        before = json.loads((self.path / RUN).read_text("utf-8")).get("config")
+        try:
+            before = json.loads((self.path / RUN).read_text("utf-8"))["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunDirectoryError(f"{self.path / RUN}: expected what a run writes there, it is damaged ({error!r})") from error
         if config is None or before == config:
             return
         old, new = before or {}, config

@@ -201,15 +201,16 @@ def _endpoint(text: str, folder: Path) -> ModelSpec:
         endpoints = tomllib.loads(path.read_text("utf-8")).get("endpoints", {})
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{path}: not valid TOML ({error})") from error
+    if not isinstance(endpoints, dict) or not all(isinstance(table, dict) for table in endpoints.values()):
+        raise SpecError(f"{path}: expected tables [endpoints.NAME], got endpoints = {endpoints!r:.80}")
     if name not in endpoints:
         raise UnknownNameError(f"endpoint in {path}", name, endpoints)
     table = dict(endpoints[name])
-    urls = table.pop("url", [])
-    base = (
-        f"openai:{table.pop('model', '')}@{urls if isinstance(urls, str) else ','.join(urls)}"
-        if urls
-        else str(table.pop("model", ""))
-    )
+    model, urls = table.pop("model", None), table.pop("url", [])
+    urls = [urls] if isinstance(urls, str) else urls
+    if not isinstance(model, str) or not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
+        raise SpecError(f'{path}, [endpoints.{name}]: expected model = "NAME" and, for a server, url = "URL" or a list of them')
+    base = f"openai:{model}@{','.join(urls)}" if urls else model
     if "stop" in table:
         table["stop"] = (table["stop"],) if isinstance(table["stop"], str) else tuple(table["stop"])
     known = {
