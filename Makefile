@@ -6,7 +6,7 @@
 # TORCH_INDEX=URL     where torch's CPU wheel is, if your package index has none
 
 PYTHON ?= python3
-PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
+PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 EXTRAS := hf,openai,sampling,report,dev
 
 .PHONY: demo test test-all lint fetch clean

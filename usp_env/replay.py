@@ -23,7 +23,7 @@ def replay(transcript: Transcript) -> Episode:
         TranscriptError: The record does not follow its own rules (it was edited, or comes from elsewhere).
     """
     episode = _start(transcript)
-    said = list(transcript.messages)
+    said = list(transcript.messages[len(episode.messages) :])  # a given opening stands there already
     while said and not episode.done:
         _say(episode, said.pop(0), last=not said, transcript=transcript)
     if not episode.done:
@@ -58,11 +58,11 @@ def go_on(transcript: Transcript, turn: int, rules: Rules) -> Episode:
     """
     if rules.agent_role != transcript.agent_role:
         raise SpecError(f"the record's agent is the {transcript.agent_role}, the environment's is the {rules.agent_role}")
-    actions = sum(message["role"] == transcript.agent_role for message in transcript.messages)
-    if not 1 <= turn <= actions:
-        raise SpecError(f"episode {transcript.episode_id} has the turns 1 to {actions}; cannot go on from turn {turn}")
+    steps = len(transcript.rewards)
+    if not 1 <= turn <= steps:
+        raise SpecError(f"episode {transcript.episode_id} has the turns 1 to {steps}; cannot go on from turn {turn}")
     episode = _start(transcript)
-    for message in transcript.messages:
+    for message in transcript.messages[len(episode.messages) :]:
         if message["role"] == transcript.agent_role and len(episode.rewards) == turn - 1:
             break
         _say(episode, message, last=False, transcript=transcript)
@@ -77,7 +77,7 @@ def _start(transcript: Transcript) -> Episode:
         rules = Rules(**{**transcript.rules, "scoring": "never"})
     except TypeError as error:
         raise TranscriptError(f"episode {transcript.episode_id}: unknown rules ({error})") from error
-    spec = EpisodeSpec(transcript.profile_id, transcript.population, transcript.episode_seed)
+    spec = EpisodeSpec(transcript.profile_id, transcript.population, transcript.episode_seed, transcript.opening)
     profile = Profile(transcript.profile_id, transcript.profile.get("objective", ""), transcript.profile.get("subjective", ""))
     episode = Episode(spec, profile, rules)
     episode.branch = transcript.branch

@@ -52,6 +52,7 @@ class Transcript:
         usage: Token counts by role.
         versions: Of the packages.
         branch: Set by `fork`.
+        opening: The user's first utterance, where it was given.
         rules: `usp_env.records.Rules`.
         rejected: An action or reply that was not taken into the dialogue.
         error: What failed, in an `infra_failure`.
@@ -76,6 +77,7 @@ class Transcript:
     usage: Mapping[str, Mapping[str, int]]
     versions: Mapping[str, str]
     branch: str = ""
+    opening: str | None = None
     rules: Mapping[str, Any] = field(default_factory=dict)
     rejected: str | None = None
     error: str | None = None
@@ -89,7 +91,6 @@ class Transcript:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-_OPTIONAL = {"branch", "rules", "rejected", "error"}
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "episode_id": str,
     "episode_seed": int,
@@ -135,6 +136,7 @@ def transcribe(episode: Episode, models: Mapping[str, str]) -> Transcript:
         usage=episode.usage(),
         versions=versions(),
         branch=episode.branch,
+        opening=spec.opening,
         rules=asdict(episode.rules),
         rejected=episode.rejected,
         error=episode.error,

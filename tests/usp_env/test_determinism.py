@@ -115,3 +115,19 @@ def test_64_seeds_of_a_real_model_alone_and_among_64() -> None:
     print(f"{same:.4f} of {len(turns)} user turns are the same alone and among 64")
     assert len(turns) >= 128
     assert same >= 0.99
+
+
+@pytest.mark.assets
+def test_branches_of_a_real_user_differ_and_repeat() -> None:
+    pytest.importorskip("torch")
+    env = DialogueEnv(users.load("usp-mini?max_tokens=10&temperature=1&top_p=1"), load_sampler())
+    env.reset(seed=1, options={"opening": "Can you help me plan a garden?"})
+    env.step("Happy to help. How large is it?")
+    before = env.snapshot()
+
+    def next_turns(diverge: bool) -> set[str]:
+        return {child.step("And how much sun does it get?")[0][-1]["content"] for child in env.fork(8, diverge)}
+
+    assert len(next_turns(True)) >= 2
+    assert len(next_turns(False)) == 1
+    assert env.snapshot() == before

@@ -83,6 +83,19 @@ def test_replay_of_the_agents_own_endings(sampler: object) -> None:
         assert transcribe(replay(transcript), {}) == transcript
 
 
+@pytest.mark.parametrize("seat", ["assistant", "user"])
+def test_replay_of_a_given_opening(sampler: object, seat: str) -> None:
+    role = "user" if seat == "assistant" else "assistant"
+    env = DialogueEnv(Speaker(lambda view, seed: f"reply {seed}", role), sampler, None, seat, population="uniform", max_turns=3)
+    env.reset(seed=0, options={"opening": "hello there"})
+    for text in ("fine", "and more", "the end of it"):
+        if not env.episode.done:
+            env.step(text)
+    transcript = transcribe(env.episode, {})
+    assert transcribe(replay(transcript), {}) == transcript
+    assert len(go_on(transcript, 2, env.conductor.rules).rewards) == 1
+
+
 def test_an_agents_engine_that_fails_is_infrastructure(sampler: object) -> None:
     def flaky(view: object, seed: int) -> Reply:
         return Reply("", error=BackendError("out of memory")) if len(view.messages) > 1 else Reply("ok")
