@@ -58,12 +58,12 @@ def main() -> None:
     parser.add_argument("--skip-loop", action="store_true")
     args = parser.parse_args()
     n, sampler = args.num_envs, load_sampler()
-    # No early endings: every dialogue has all its turns.
+    # No early endings by loops; a dialogue that ends all the same is followed by another.
     settings = {"max_turns": args.turns, "repetition_ratio": 1.1, "gratitude_words": 0}
 
     user, noted = load(args.user)
     noted.inner.generate([Request([{"role": "user", "content": "warm up"}])])
-    envs = DialogueVectorEnv(n, user, sampler, None, autoreset_mode="Disabled", **settings)
+    envs = DialogueVectorEnv(n, user, sampler, None, autoreset_mode="NextStep", **settings)
     start = time.perf_counter()
     envs.reset(seed=0)
     for turn in range(args.turns):
@@ -88,7 +88,9 @@ def main() -> None:
         env = DialogueEnv(looped, sampler, None, **settings)
         env.reset(seed=lane)
         for turn in range(args.turns):
-            if not env.episode.done:
+            if env.episode.done:
+                env.reset()
+            else:
                 env.step(ANSWERS[turn % 4])
         again += [message.content for message in env.episode.messages]
     loop = time.perf_counter() - start

@@ -25,7 +25,7 @@ def similar(a: str, b: str, ratio: float) -> bool:
     """Whether difflib's similarity of two texts, case ignored, is at least `ratio` in [0, 1]."""
     a, b = a.casefold(), b.casefold()
     if a == b:
-        return True
+        return ratio <= 1.0
     # The cheap upper bounds come first: most pairs end there, and this runs at every turn of every episode.
     if 2 * min(len(a), len(b)) < ratio * (len(a) + len(b)):
         return False
