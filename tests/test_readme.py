@@ -38,7 +38,7 @@ def test_the_commands_exist() -> None:
     parser = build_parser()
     for line in re.findall(r"^usp-env (.+?)\s*(?:#.*)?$", README, re.MULTILINE):
         if "|" not in line and "ID" not in line:
-            parser.parse_args(line.split())
+            assert parser.parse_args(line.split()).command == line.split()[0]
 
 
 def test_the_twenty_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
