@@ -65,7 +65,8 @@ class Conductor:
         if (spec := options.pop("episode", None)) is not None:
             if options:
                 raise SpecError(f"reset option 'episode' stands alone: it fixes {', '.join(sorted(options))} too")
-            return self._begin(_as_spec(spec), self.sampler.bank.get(_as_spec(spec).profile_id), {})
+            checked = _as_spec(spec)
+            return self._begin(checked, self.sampler.bank.get(checked.profile_id), {})
         draw = self._draw(rng, options)
         opening = options.get("opening")
         if opening is not None and not self._sayable(opening):
@@ -207,9 +208,10 @@ def check_population(sampler: Sampler, population: str) -> None:
 
 
 def _as_spec(value: Any) -> EpisodeSpec:
-    if isinstance(value, EpisodeSpec):
-        return value
     try:
-        return EpisodeSpec(**value)
+        spec = value if isinstance(value, EpisodeSpec) else EpisodeSpec(**value)
     except TypeError as error:
         raise SpecError(f"reset option 'episode': expected an EpisodeSpec, got {value!r:.120} ({error})") from error
+    if not isinstance(spec.episode_seed, int) or spec.episode_seed < 0:
+        raise SpecError(f"reset option 'episode': expected a whole number as episode_seed, got {spec.episode_seed!r}")
+    return spec

@@ -306,7 +306,17 @@ def test_make_specs(sampler: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [5, "x", {"opening": "\ud800"}, {"opening": ""}, {"profile_id": 5}, {"episode": {"profile_id": 3}}, {"user_id": 4}]
+    "options",
+    [
+        5,
+        "x",
+        {"opening": "\ud800"},
+        {"opening": ""},
+        {"profile_id": 5},
+        {"episode": {"profile_id": 3}},
+        {"episode": {"profile_id": "p1", "population": "x", "episode_seed": "s"}},
+        {"user_id": 4},
+    ],
 )
 def test_odd_reset_options_are_project_errors(sampler: object, options: object) -> None:
     env = DialogueEnv(Speaker(sampled), sampler, population="uniform")
