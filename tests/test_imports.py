@@ -16,7 +16,7 @@ import usp_env
 ROOT = Path(__file__).resolve().parent.parent
 # A module may import from its own layer and from the layers before it.
 LAYERS = [
-    {"errors", "dialogue", "profiles"},
+    {"errors", "files", "dialogue", "profiles"},
     {"spaces", "endings", "records", "episode", "rendering", "backends"},
     {"models"},
     {"data"},

@@ -50,6 +50,14 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """A whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected at least 0, got {value}")
+    return value
+
+
 def build_parser() -> Parser:
     """All commands and their options."""
     parser = Parser(prog="usp-env", description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -70,7 +78,7 @@ def build_parser() -> Parser:
     play.add_argument("--population", default="density", help="one, several (a,b) or all")
     play.add_argument("--turns", type=positive, default=10, help="most user turns of an episode")
     play.add_argument("--reward", default="goal", help="an expression, or none")
-    play.add_argument("--seed", type=int, default=0)
+    play.add_argument("--seed", type=natural, default=0)
     play.add_argument("--bank", default="sharegpt")
     play.add_argument("--split", default="train", help="of the bank; all for the whole bank")
     play.add_argument("--lanes", type=positive, default=16, help="most conversations at a time")
@@ -108,7 +116,7 @@ def build_parser() -> Parser:
         else:
             sub.add_argument("--population", default="density")
             sub.add_argument("-n", type=positive, default=5)
-            sub.add_argument("--seed", type=int, default=0)
+            sub.add_argument("--seed", type=natural, default=0)
             sub.add_argument("--out", help="PNG file" if name == "plot" else "bank file (JSONL)")
 
     check = commands.add_parser("check", help="check_env, determinism and a smoke test of any user and assistant")

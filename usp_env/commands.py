@@ -67,6 +67,8 @@ def fetch(arguments: argparse.Namespace) -> int:
 
 def play(arguments: argparse.Namespace) -> int:
     """`usp-env play`."""
+    if (arguments.resume or arguments.overwrite) and not arguments.out:
+        raise SpecError("--resume and --overwrite are about a run directory: name it with --out DIR")
     if arguments.replay:
         return _replay(arguments)
     if arguments.episode or arguments.from_turn:
@@ -153,6 +155,10 @@ def _replay(arguments: argparse.Namespace) -> int:
     from usp_env.replay import go_on, replay
     from usp_env.report.terminal import print_episode, summary_table
 
+    if arguments.resume:
+        raise SpecError("--resume finishes a run of `play`; a replay has nothing to resume: leave it out")
+    if arguments.out and not arguments.from_turn:
+        raise SpecError("--out: a plain replay writes nothing; leave it out, or go on live with --episode ID --from-turn K")
     transcripts = _chosen(read_transcripts(arguments.replay), arguments.episode)
     console = require("rich.console", "report").Console()
     if arguments.from_turn is None:
@@ -165,10 +171,13 @@ def _replay(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.episode is None:
         raise SpecError("--from-turn goes on from one episode: name it with --episode ID")
+    if arguments.out:
+        check_free(arguments.out, overwrite=arguments.overwrite)
     conductor, agent = _stage(arguments)
     episode = go_on(transcripts[0], arguments.from_turn, conductor.rules)
     if arguments.out:
-        conductor.record = RunDirectory(arguments.out, {"from": transcripts[0].episode_id, "turn": arguments.from_turn})
+        config = {"from": transcripts[0].episode_id, "turn": arguments.from_turn}
+        conductor.record = RunDirectory(arguments.out, config, overwrite=arguments.overwrite)
     _roll(arguments, conductor, agent, [episode], 1)
     return 0
 

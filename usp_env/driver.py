@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from usp_env.episode import Episode
 from usp_env.errors import BackendError, SpecError, UnknownNameError, UspError
 from usp_env.profiles import Profile
-from usp_env.records import EpisodeSpec, PartnerTurn, Reply, RewardTerms, Rules, Scoring
+from usp_env.records import EpisodeSpec, PartnerTurn, Reply, RewardTerms, Rules, Scoring, check_seed
 from usp_env.sampling.base import Draw, EpisodeSummary, Sampler
 from usp_env.sampling.density import bank_digest
 from usp_env.spaces import is_unicode
@@ -69,8 +70,7 @@ class Conductor:
             return self._begin(checked, self.sampler.bank.get(checked.profile_id), {})
         draw = self._draw(rng, options)
         opening = options.get("opening")
-        if opening is not None and not self._sayable(opening):
-            raise SpecError(f"reset option 'opening': expected the user's first utterance, got {opening!r:.80}")
+        check_opening(opening, "reset option 'opening'")
         # 53 bits: any JSON reader keeps the number exactly.
         spec = EpisodeSpec(draw.profile.id, draw.population, int(rng.integers(2**53)), opening)
         return self._begin(spec, draw.profile, draw.user_options)
@@ -148,13 +148,9 @@ class Conductor:
             return Draw(self.sampler.bank.get(options["profile_id"]), "given")
         if "user_id" in given:
             return Draw(self._session(rng, options["user_id"]), "given")
-        population = options.get("population") or self.population
+        population = options["population"] if "population" in given else self.population
         check_population(self.sampler, population)
         return self.sampler.draw(1, population, rng)[0]
-
-    @staticmethod
-    def _sayable(text: object) -> bool:
-        return isinstance(text, str) and bool(text.strip()) and is_unicode(text)
 
     def _session(self, rng: np.random.Generator, user_id: str) -> Profile:
         sessions = [profile for profile in self.sampler.bank if profile.user_id == user_id]
@@ -203,8 +199,14 @@ def summary(episode: Episode) -> EpisodeSummary:
 
 def check_population(sampler: Sampler, population: str) -> None:
     """Raise `UnknownNameError` unless the sampler has this population."""
-    if population not in sampler.populations:
+    if not isinstance(population, str) or population not in sampler.populations:
         raise UnknownNameError("population", population, sampler.populations)
+
+
+def check_opening(text: object, name: str) -> None:
+    """Raise `SpecError` unless a user can begin with this; None means that the user finds the words."""
+    if text is not None and not (isinstance(text, str) and text.strip() and is_unicode(text)):
+        raise SpecError(f"{name}: expected the user's first utterance, got {text!r:.80}")
 
 
 def _as_spec(value: Any) -> EpisodeSpec:
@@ -212,6 +214,10 @@ def _as_spec(value: Any) -> EpisodeSpec:
         spec = value if isinstance(value, EpisodeSpec) else EpisodeSpec(**value)
     except TypeError as error:
         raise SpecError(f"reset option 'episode': expected an EpisodeSpec, got {value!r:.120} ({error})") from error
-    if not isinstance(spec.episode_seed, int) or spec.episode_seed < 0:
-        raise SpecError(f"reset option 'episode': expected a whole number as episode_seed, got {spec.episode_seed!r}")
-    return spec
+    seed = check_seed(spec.episode_seed, "reset option 'episode', episode_seed")
+    if seed >= 2**63:
+        raise SpecError(f"reset option 'episode', episode_seed: expected less than 2**63, got {seed}")
+    if not isinstance(spec.population, str):
+        raise SpecError(f"reset option 'episode': expected a population's name, got {spec.population!r:.80}")
+    check_opening(spec.opening, "reset option 'episode', opening")
+    return replace(spec, episode_seed=seed)

@@ -20,7 +20,7 @@ from usp_env.dialogue import Role
 from usp_env.driver import Conductor
 from usp_env.episode import Episode
 from usp_env.errors import BackendError, CallOrderError, SpecError, UnknownNameError
-from usp_env.records import EpisodeSpec, Rules, Snapshot, generation_seed
+from usp_env.records import EpisodeSpec, Rules, Snapshot, check_seed, generation_seed
 from usp_env.rewards.base import RewardLike, make_reward
 from usp_env.sampling.base import Sampler
 from usp_env.spaces import Messages, Utterance
@@ -129,7 +129,7 @@ class DialogueEnv(gym.Env[Observation, str]):
             BackendError: The user's opening could not be had.
             UnknownNameError: An unknown option, population or id.
         """
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else check_seed(seed))
         self.episode = None
         episode = self.conductor.new_episode(self.np_random, options)
         self.conductor.run([episode])
@@ -198,7 +198,8 @@ class DialogueEnv(gym.Env[Observation, str]):
         return children
 
     def close(self) -> None:
-        """Nothing to release: backends are shared by the process."""
+        """End the conversation. Backends stay: the process shares them."""
+        self.episode = None
 
     def _live(self) -> Episode:
         if self.episode is None:
@@ -256,7 +257,7 @@ def make_specs(
     if not isinstance(n, int) or n < 0:
         raise SpecError(f"make_specs: expected a number of episodes, got {n!r}")
     source: Sampler = sampler if sampler is not None else load_sampler()
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     draws = source.draw(n, population, rng)
     return [EpisodeSpec(d.profile.id, d.population, int(rng.integers(2**53)), opening) for d in draws]
 

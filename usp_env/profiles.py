@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from usp_env.errors import MissingAssetError, ProfileFormatError, UnknownNameError
+from usp_env.files import read_text
 
 SPLITS = ("train", "val", "test")
 VIRTUAL_PREFIX = "virtual:"
@@ -143,9 +144,11 @@ class ProfileBank(Sequence[Profile]):
         Raises:
             UnknownNameError: No such profile.
         """
+        if not isinstance(profile_id, str):
+            raise UnknownNameError(f"profile of bank {self.name!r}", profile_id, self._by_id)
         if (profile := self._by_id.get(profile_id)) is not None:
             return profile
-        if isinstance(profile_id, str) and profile_id.startswith(VIRTUAL_PREFIX):
+        if profile_id.startswith(VIRTUAL_PREFIX):
             parts = profile_id.removeprefix(VIRTUAL_PREFIX).split("+")
             for cut in range(1, len(parts)):  # an id may itself hold a plus sign
                 first, second = "+".join(parts[:cut]), "+".join(parts[cut:])
@@ -185,7 +188,7 @@ def _load_bank(bank: str) -> ProfileBank:
         )
     if not path.is_file():
         raise MissingAssetError(f"expected a packaged bank ('sharegpt') or a JSONL file, got {bank!r}, which is neither")
-    return _read_bank(path.read_text("utf-8"), str(path), path.stem)
+    return _read_bank(read_text(path, ProfileFormatError), str(path), path.stem)
 
 
 @cache
@@ -216,7 +219,7 @@ def parse_line(line: str, file: str, number: int, name: str | None = None) -> Pr
 
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise bad("(line)", f"one JSON object ({error})", line) from error
     if not isinstance(record, dict):
         raise bad("(line)", "a JSON object", record)
@@ -229,8 +232,8 @@ def parse_line(line: str, file: str, number: int, name: str | None = None) -> Pr
         value = prose.get(key)
         if not isinstance(value, str) or not value.strip():
             raise bad(f"profile.{key}", "a paragraph of text", value)
-        if (bad_char := _lone_surrogate(value)) is not None:
-            raise bad(f"profile.{key}", "valid Unicode", bad_char)
+        if (lone := _lone_surrogate(value)) is not None:
+            raise bad(f"profile.{key}", "valid Unicode", lone)
     if record.get("split") not in (None, *SPLITS):
         raise bad("split", f"one of {', '.join(SPLITS)} or none", record["split"])
     if not isinstance(record.get("user_id"), str | None):
@@ -239,10 +242,19 @@ def parse_line(line: str, file: str, number: int, name: str | None = None) -> Pr
     for key in keys:
         if key in record and not isinstance(record[key], list if key == "conversation" else dict):
             raise bad(key, "a list of messages" if key == "conversation" else "an object", record[key])
+    scenarios = (record.get("objective_facts") or {}).get("scenarios") or []
+    if not isinstance(scenarios, list) or not all(isinstance(s, dict) and _is_texts(s.get("task_details")) for s in scenarios):
+        raise bad("objective_facts.scenarios", "a list of objects whose 'task_details' are lists of texts", scenarios)
+    if (lone := _lone_surrogate(json.dumps(record, ensure_ascii=False))) is not None:
+        raise bad("(line)", "valid Unicode", lone)
     attributes = {key: record[key] for key in keys if key in record} or None
     return Profile(
         record["id"], prose["objective"], prose["subjective"], attributes, record.get("split"), record.get("user_id"), name
     )
+
+
+def _is_texts(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def _lone_surrogate(text: str) -> str | None:

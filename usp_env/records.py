@@ -75,6 +75,13 @@ class RewardTerms:
         return [float(r) for r in total]
 
 
+def check_seed(seed: object, name: str = "seed") -> int:
+    """The seed as an `int`, or `SpecError` unless it is a whole number of at least 0."""
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+        raise SpecError(f"{name}: expected a whole number of at least 0, got {seed!r:.80}")
+    return int(seed)
+
+
 @dataclass(frozen=True, slots=True)
 class EpisodeSpec:
     """Rebuilds one episode alone: who the user is, and all noise.

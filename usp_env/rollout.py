@@ -14,7 +14,7 @@ from usp_env.dialogue import END, Act
 from usp_env.driver import Conductor
 from usp_env.episode import Episode
 from usp_env.errors import BackendError
-from usp_env.records import EpisodeSpec, Reply
+from usp_env.records import EpisodeSpec, Reply, check_seed
 from usp_env.sampling.base import Sampler
 from usp_env.users.base import Partner
 
@@ -28,7 +28,7 @@ def plan(sampler: Sampler, populations: Sequence[str], n: int, seed: int) -> lis
         n: Episodes in all.
         seed: The k-th episode is the same whatever `n` is.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     specs = []
     for index in range(n):
         draw = sampler.draw(1, populations[index % len(populations)], rng)[0]

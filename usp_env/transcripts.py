@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from usp_env.dialogue import Dialogue
 from usp_env.episode import Episode
 from usp_env.errors import RunDirectoryError, TranscriptError
+from usp_env.files import locked, read_text
 
 if TYPE_CHECKING:
     from usp_env.driver import Conductor
@@ -162,10 +163,7 @@ def read_transcripts(path: str | Path, torn: str = "raise") -> list[Transcript]:
     file = file / FILE if file.is_dir() else file
     if not file.is_file():
         raise TranscriptError(f"expected a run directory or a transcripts file, found neither at {str(path)!r}")
-    try:
-        lines = file.read_text("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise TranscriptError(f"{file}: expected UTF-8 text ({error})") from error
+    lines = read_text(file, TranscriptError).split("\n")
     if lines[-1]:  # every whole line ends in a newline
         if torn == "raise":
             raise TranscriptError(
@@ -278,6 +276,8 @@ class RunDirectory:
     def _check_config(self, config: Any) -> None:
         try:
             before = json.loads((self.path / RUN).read_text("utf-8"))["config"]
+            if not isinstance(before, dict | None):
+                raise ValueError(f"config is {before!r:.80}")
         except (ValueError, KeyError, TypeError) as error:
             raise RunDirectoryError(f"{self.path / RUN}: expected what a run writes there, it is damaged ({error!r})") from error
         if config is None or before == config:
@@ -289,20 +289,12 @@ class RunDirectory:
         )
 
     def _mend(self) -> None:
-        """Remove a last line that a crash cut off."""
+        """Remove a last line that a crash cut off; a writer that is still at work keeps what it appends."""
         if self.file.is_file():
-            data = self.file.read_bytes()
-            if data and not data.endswith(b"\n"):
-                self.file.write_bytes(data[: data.rfind(b"\n") + 1])
-
-
-def locked(stream: Any) -> None:
-    """Hold an advisory lock on an open file until it is closed, where the system has them."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: appends of one process are still whole
-        return
-    fcntl.flock(stream, fcntl.LOCK_EX)
+            with open(self.file, "r+b") as stream:
+                locked(stream)
+                data = stream.read()
+                stream.truncate(data.rfind(b"\n") + 1)
 
 
 def check_free(path: str | Path, resume: bool = False, overwrite: bool = False) -> None:

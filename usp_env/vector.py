@@ -21,7 +21,7 @@ from usp_env.driver import OPTIONS
 from usp_env.env import Observation, check_branches, make_conductor, seat_parts, set_state
 from usp_env.episode import Episode
 from usp_env.errors import CallOrderError, SpecError, UnknownNameError
-from usp_env.records import Snapshot
+from usp_env.records import Snapshot, check_seed
 from usp_env.rewards.base import RewardLike
 from usp_env.sampling.base import Sampler
 from usp_env.spaces import Messages, Utterance
@@ -235,11 +235,11 @@ class DialogueVectorEnv(VectorEnv[Observations, Sequence[str], np.ndarray]):
     def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
         if seed is None:
             return [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
-            return [int(seed) + lane for lane in range(self.num_envs)]
+        if isinstance(seed, str) or not isinstance(seed, Sequence | np.ndarray):
+            return [check_seed(seed) + lane for lane in range(self.num_envs)]
         if len(seed) != self.num_envs:
             raise SpecError(f"seed: expected one for all or {self.num_envs} of them, got {len(seed)}")
-        return list(seed)
+        return [None if one is None else check_seed(one) for one in seed]
 
     def _split_options(self, options: Any) -> tuple[np.ndarray, dict[int, Mapping[str, Any]]]:
         """Which lanes to reset, and the options of each."""

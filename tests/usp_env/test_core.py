@@ -56,6 +56,10 @@ def test_round_trip_keeps_odd_characters(tmp_path: object) -> None:
         (json.dumps({**GOOD, "user_id": 3}), "user_id"),
         (json.dumps({**GOOD, "objective_facts": []}), "objective_facts"),
         (json.dumps({**GOOD, "conversation": {}}), "conversation"),
+        (json.dumps({**GOOD, "id": "\ud800"}), "(line)"),
+        (json.dumps({**GOOD, "objective_facts": {"scenarios": [1]}}), "objective_facts.scenarios"),
+        (json.dumps({**GOOD, "objective_facts": {"scenarios": [{"task_details": "x"}]}}), "objective_facts.scenarios"),
+        ("[" * 100_000, "(line)"),
     ],
 )
 def test_a_bad_line_names_file_line_and_field(tmp_path: object, line: str, field: str) -> None:
@@ -73,6 +77,11 @@ def test_bad_banks(tmp_path: object) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ProfileFormatError, match="at least one"):
         ProfileBank.load(tmp_path / "empty.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\xff\n")
+    with pytest.raises(ProfileFormatError, match="save the file as UTF-8"):
+        ProfileBank.load(tmp_path / "latin.jsonl")
+    (tmp_path / "windows.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
+    assert len(ProfileBank.load(tmp_path / "windows.jsonl")) == 1
     for name in ("nowhere", "lmsys-usp"):
         with pytest.raises(MissingAssetError):
             ProfileBank.load(name)

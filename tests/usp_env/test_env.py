@@ -136,6 +136,24 @@ def test_wrong_order_and_wrong_types() -> None:
         env.step("more")
     with pytest.raises(gym.error.ResetNeeded):
         make().step("hi")
+    env.reset(seed=0)
+    env.close()
+    with pytest.raises(CallOrderError, match="reset"):
+        env.step("hi")
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "x", True])
+def test_seeds_are_whole_numbers(sampler: object, seed: object) -> None:
+    env = DialogueEnv(Speaker(sampled), sampler, population="uniform")
+    vector = usp_env.DialogueVectorEnv(2, Speaker(sampled), sampler, population="uniform")
+    for call in (
+        lambda: env.reset(seed=seed),
+        lambda: vector.reset(seed=seed),
+        lambda: vector.reset(seed=[0, seed]),
+        lambda: usp_env.make_specs(1, "uniform", seed, sampler),
+    ):
+        with pytest.raises(SpecError, match="whole number"):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -316,6 +334,14 @@ def test_make_specs(sampler: object) -> None:
         {"episode": {"profile_id": 3}},
         {"episode": {"profile_id": "p1", "population": "x", "episode_seed": "s"}},
         {"user_id": 4},
+        {"profile_id": []},
+        {"population": np.array(["a", "b"])},
+        {"population": ""},
+        {"episode": {"profile_id": ["p1"], "population": "x", "episode_seed": 1}},
+        {"episode": {"profile_id": "p1", "population": 3, "episode_seed": 1}},
+        {"episode": {"profile_id": "p1", "population": "x", "episode_seed": True}},
+        {"episode": {"profile_id": "p1", "population": "x", "episode_seed": 2**63}},
+        {"episode": {"profile_id": "p1", "population": "x", "episode_seed": 1, "opening": 5}},
     ],
 )
 def test_odd_reset_options_are_project_errors(sampler: object, options: object) -> None:

@@ -158,6 +158,9 @@ def test_a_taken_directory_is_refused_and_nothing_is_lost(sampler: object, tmp_p
     with pytest.raises(RunDirectoryError, match="run.json is missing"):
         RunDirectory(tmp_path / "other", {}, resume=True)
     assert (tmp_path / "other" / "transcripts.jsonl").read_text() == "precious"
+    (tmp_path / "run" / "run.json").write_text('{"config": [1]}')
+    with pytest.raises(RunDirectoryError, match="damaged"):
+        RunDirectory(tmp_path / "run", {"seed": 1}, resume=True)
     RunDirectory(tmp_path / "run", {"seed": 3}, overwrite=True)
     assert read_transcripts(tmp_path / "run") == []
 

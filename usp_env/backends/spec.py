@@ -24,6 +24,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 from usp_env.backends.base import Sampling
 from usp_env.errors import SpecError, UnknownNameError
+from usp_env.files import read_text
 
 Engine = Literal["hf", "vllm", "openai"]
 TOML = "usp-env.toml"
@@ -198,7 +199,7 @@ def _endpoint(text: str, folder: Path) -> ModelSpec:
             f"spec {text!r} names an endpoint, but there is no {TOML} in {folder.resolve()}; expected a table [endpoints.{name}]"
         )
     try:
-        endpoints = tomllib.loads(path.read_text("utf-8")).get("endpoints", {})
+        endpoints = tomllib.loads(read_text(path, SpecError)).get("endpoints", {})
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{path}: not valid TOML ({error})") from error
     if not isinstance(endpoints, dict) or not all(isinstance(table, dict) for table in endpoints.values()):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from usp_env.dialogue import Role, View
 from usp_env.errors import MissingAssetError, SpecError
+from usp_env.files import read_text
 from usp_env.records import Reply
 
 Script = dict[str, list[str]]
@@ -50,7 +51,7 @@ class ScriptedSpeaker:
         path = Path(file)
         if not path.is_file():
             raise MissingAssetError(f"scripted:{file}: expected a script file (JSONL), there is none of that name")
-        return cls(_parse(path.read_text("utf-8"), file), role, f"scripted:{file}")
+        return cls(_parse(read_text(path, SpecError), file), role, f"scripted:{file}")
 
     def respond(self, views: Sequence[View], seeds: Sequence[int]) -> list[Reply]:
         """The script's next line for each view."""

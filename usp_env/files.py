@@ -1,0 +1,32 @@
+"""Reading and locking files; what every reader and writer of the project shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from usp_env.errors import UspError
+
+
+def read_text(path: str | Path, error: type[UspError]) -> str:
+    """The text of a UTF-8 file, a byte order mark left out.
+
+    Args:
+        path: An existing file.
+        error: Raised where the file is not UTF-8.
+    """
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise error(
+            f"{path}: expected UTF-8 text, got byte 0x{cause.object[cause.start]:02x} at {cause.start}: save the file as UTF-8"
+        ) from cause
+
+
+def locked(stream: Any) -> None:
+    """Hold an advisory lock on an open file until it is closed, where the system has them."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: appends of one process are still whole
+        return
+    fcntl.flock(stream, fcntl.LOCK_EX)
