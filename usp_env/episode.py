@@ -27,7 +27,7 @@ from usp_env.dialogue import Act, Dialogue, Message, Role, View, flip, other, sp
 from usp_env.endings import is_gratitude_loop, is_repetition, speaks_as
 from usp_env.errors import BackendError, CallOrderError, InvalidActionError, SpecError
 from usp_env.profiles import Profile
-from usp_env.records import EpisodeSpec, PartnerTurn, Reply, RewardTerms, Rules, Scoring, Snapshot, generation_seed
+from usp_env.records import EpisodeSpec, PartnerTurn, Reply, RewardTerms, Rules, Scoring, Snapshot, counts, generation_seed
 from usp_env.spaces import is_unicode
 
 TERMINATED = ("user_ended", "repetition", "gratitude_loop")
@@ -250,10 +250,8 @@ class Episode:
             return None, ended and len(text) <= self.rules.max_chars and is_unicode(text)
         raw = str(text) if text != content else None
         known = text if isinstance(text, Act) else Act("")
-        return (
-            Message(self.rules.agent_role, str(content), raw, known.token_ids, known.logprobs, known.finish_reason, known.usage),
-            ended,
-        )
+        facts = (known.token_ids, known.logprobs, known.finish_reason, counts(known.usage))
+        return Message(self.rules.agent_role, str(content), raw, *facts), ended
 
     def _hear(self, work: PartnerTurn, reply: Reply) -> None:
         role = work.view.role
@@ -274,7 +272,7 @@ class Episode:
             return self._end("bad_user" if role == "user" else "bad_assistant")
         emitted = made.text if made is not None else reply.text
         raw = emitted if emitted != content else None
-        facts = (made.token_ids, made.logprobs, made.finish_reason, made.usage, made.notes) if made is not None else ()
+        facts = (made.token_ids, made.logprobs, made.finish_reason, counts(made.usage), made.notes) if made is not None else ()
         self._say(Message(role, content, raw, *facts), ended)
 
     def _say(self, message: Message, ended: bool = False) -> None:

@@ -75,6 +75,11 @@ class RewardTerms:
         return [float(r) for r in total]
 
 
+def counts(usage: Mapping[str, int]) -> dict[str, int]:
+    """The part of an engine's usage that belongs to the episode; what its caches saved depends on what else it did."""
+    return {key: usage[key] for key in ("prompt_tokens", "completion_tokens") if key in usage}
+
+
 def check_seed(seed: object, name: str = "seed") -> int:
     """The seed as an `int`, or `SpecError` unless it is a whole number of at least 0."""
     if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:

@@ -50,11 +50,15 @@ class Job:
 
 @dataclass(slots=True)
 class Decoded:
-    """What a row gave: sampled ids (its end token included), their log-probabilities, and why it ended."""
+    """What a row gave: sampled ids (its end token included), their log-probabilities, and why it ended.
+
+    `states` are the keys and values of the prompt and of all sampled ids but the last.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     reason: FinishReason = "length"
+    states: Tensor | None = None
 
     def take(self, job: Job, token: int, logprob: float) -> bool:
         """Append a token; whether the row is finished."""
@@ -70,52 +74,126 @@ class Decoded:
 
 
 @torch.no_grad()
-def decode(model: Any, jobs: Sequence[Job], vocabulary: int) -> list[Decoded]:
+def decode(
+    model: Any, jobs: Sequence[Job], vocabulary: int, known: Sequence[Tensor | None] | None = None, keep: bool = False
+) -> list[Decoded]:
     """Generate all rows of one batch.
 
     Args:
         model: A `transformers` causal language model, in eval mode.
         jobs: The rows; they share one left-padded batch.
         vocabulary: Ids from here on are padding of the model's embedding and never sampled.
+        known: Keys and values of the first tokens of each prompt, (layers, 2, heads, tokens < len(prompt), head size), or
+            None; only for models that `keeps_states`.
+        keep: Hand out every row's keys and values (`Decoded.states`).
     """
     out = [Decoded() for _ in jobs]
+    known = known or [None] * len(jobs)
+    new = [len(job.prompt) - _length(states) for job, states in zip(jobs, known, strict=True)]
+    live = sorted(range(len(jobs)), key=lambda which: -new[which])  # which job each row of the batch is
     device, width = model.device, max(len(job.prompt) for job in jobs)
     total = width + max(job.sampling.max_tokens for job in jobs)
     mask = torch.ones(len(jobs), total, dtype=torch.long)
     ids = torch.zeros(len(jobs), width, dtype=torch.long)
-    for row, job in enumerate(jobs):
-        start = width - len(job.prompt)
+    for row, which in enumerate(live):
+        start = width - len(jobs[which].prompt)
         mask[row, :start] = 0
-        ids[row, start:] = torch.as_tensor(job.prompt)
+        ids[row, start:] = torch.as_tensor(jobs[which].prompt)
     mask, ids = mask.to(device), ids.to(device)
-    positions = (mask[:, :width].cumsum(-1) - 1).clamp_min(0)
-    cache, sampler = buffered_cache(model.config, total), _Sampler(jobs, vocabulary, device)
-    live = list(range(len(jobs)))  # which job each row of the batch is
+    cache, sampler = buffered_cache(model.config, total), _Sampler([jobs[which] for which in live], vocabulary, device)
+    logits = _prefill(model, cache, ids, mask, [new[which] for which in live], [known[which] for which in live])
+    positions = (mask[:, :width].sum(-1, keepdim=True) - 1).clamp_min(0)
     done: set[int] = set()
     while True:
-        used = cache.get_seq_length() + ids.shape[1]
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask[:, :used],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
         tokens, logprobs = sampler.draw(logits.float())
-        for which, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
+        for row, (which, token, logprob) in enumerate(zip(live, tokens.tolist(), logprobs.tolist(), strict=True)):
             if which not in done and out[which].take(jobs[which], token, logprob):
                 done.add(which)
+                if keep:
+                    out[which].states = _states(cache, row, mask[row])
         if len(done) == len(jobs):
             return out
         kept = [row for row, which in enumerate(live) if which not in done]
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        ids, positions = tokens[:, None], positions + 1
         if len(live) - len(kept) >= max(1, len(live) // 8):  # copying the cache pays once an eighth of it is idle
             live = [live[row] for row in kept]
             index = torch.as_tensor(kept, device=device)
             cache.batch_select_indices(index)
             sampler.select(index)
             ids, positions, mask = ids[index], positions[index], mask[index]
+        logits = _forward(model, cache, ids, mask[:, : cache.get_seq_length() + 1], positions)
+
+
+def keeps_states(model: Any) -> bool:
+    """Whether all layers cache keys and values of every token, so that a row's can be taken out and put back."""
+    return all(type(layer) is _BufferedLayer for layer in buffered_cache(model.config, 1).layers)
+
+
+def _length(states: Tensor | None) -> int:
+    return 0 if states is None else states.shape[-2]
+
+
+def _forward(model: Any, cache: Any, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """Logits of the last column (B, V)."""
+    made = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    logits: Tensor = made.logits[:, -1]
+    return logits
+
+
+def _prefill(model: Any, cache: Any, ids: Tensor, mask: Tensor, new: Sequence[int], known: Sequence[Tensor | None]) -> Tensor:
+    """Fill the cache with the prompts; logits after each one's last token (B, V).
+
+    Rows come with the most new tokens first, and are read in slices of similar numbers of them. A row of a slice reads
+    again what its padding would have cost.
+    """
+    width = ids.shape[1]
+    positions = (mask[:, :width].cumsum(-1) - 1).clamp_min(0)
+    if not any(states is not None for states in known):
+        return _forward(model, cache, ids, mask[:, :width], positions)
+    example = next(states for states in known if states is not None)
+    for layer in cache.layers:
+        layer.prepare(example, len(ids))
+    logits = []
+    for low, high in slices(new):
+        read = new[low]
+        for row in range(low, high):
+            if (states := known[row]) is not None:
+                stop = width - new[row]
+                for number, layer in enumerate(cache.layers):
+                    for buffer, part in zip(layer.buffers, states[number], strict=True):
+                        buffer[row, :, stop - part.shape[-2] : stop] = part
+        part_cache = DynamicCache(config=model.config)
+        part_cache.layers = [layer.part(low, high, width - read) for layer in cache.layers]
+        rows = slice(low, high)
+        logits.append(_forward(model, part_cache, ids[rows, width - read :], mask[rows, :width], positions[rows, width - read :]))
+    for layer in cache.layers:
+        layer.rewind(width)
+    return torch.cat(logits)
+
+
+def slices(new: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut descending numbers of new tokens into runs that waste at most a quarter, or 64 tokens, on padding.
+
+    Example:
+        >>> slices([500, 490, 20, 19, 19])
+        [(0, 2), (2, 5)]
+    """
+    cuts, low, waste = [], 0, 0
+    for row, count in enumerate(new):
+        waste += new[low] - count
+        if waste > max(64, new[low] * (row - low + 1) // 4):
+            cuts.append((low, row))
+            low, waste = row, 0
+    return [*cuts, (low, len(new))]
+
+
+def _states(cache: Any, row: int, mask: Tensor) -> Tensor:
+    """Keys and values of a row's own tokens so far: (layers, 2, heads, tokens, head size)."""
+    columns = mask[: cache.get_seq_length()].nonzero().flatten()
+    layers = [torch.stack([layer.keys[row], layer.values[row]]) for layer in cache.layers]
+    return torch.stack([layer.index_select(-2, columns) for layer in layers])
 
 
 def nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
@@ -240,10 +318,12 @@ class _BufferedLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity, self.length = capacity, 0
+        self.buffers: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not self.buffers:
             self.buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[-1]) for x in (key_states, value_states)]
         start, self.length = self.length, self.length + key_states.shape[-2]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
@@ -251,12 +331,29 @@ class _BufferedLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
         return self.keys, self.values
 
+    def prepare(self, like: Tensor, rows: int) -> None:
+        """Zeros for `rows` rows: what is masked must be finite all the same."""
+        self.buffers = [like.new_zeros(rows, like.shape[2], self.capacity, like.shape[-1]) for _ in range(2)]
+        self.lazy_initialization(*self.buffers)
+
+    def part(self, low: int, high: int, length: int) -> _BufferedLayer:
+        """A layer that writes into rows `low` to `high` of this one, from column `length` on."""
+        view = _BufferedLayer(self.capacity)
+        view.buffers, view.length = [buffer[low:high] for buffer in self.buffers], length
+        view.lazy_initialization(*view.buffers)
+        return view
+
+    def rewind(self, length: int) -> None:
+        """Take the first `length` columns as filled."""
+        self.length = length
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
     def get_seq_length(self) -> int:
         return self.length
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.buffers = [buffer[indices] for buffer in self.buffers]
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        self.rewind(self.length)
 
 
 def buffered_cache(config: Any, capacity: int) -> Any:

@@ -3,7 +3,11 @@
 A request gives the same text alone and in any batch (float32 on a CPU: but for near-ties that the rounding of
 another batch's matrix products decides). Log-probabilities are those of the distribution that was sampled from:
 float32 log-softmax after temperature, forbidden ids and `top_p`; 0.0 for a greedy token. No random state but a request's
-own is used. Keys and values live for one `generate` call.
+own is used.
+
+Keys and values of finished rows are kept, so that a conversation's next turn reads only what is new; `usage["cached_tokens"]`
+counts what was not read again. Weights that change make them wrong: a mutable backend keeps none unless it is
+told to (`prefix_gib`), and its owner calls `forget()` after every update.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from usp_env.backends.base import FinishReason, Generation, Request, failed
-from usp_env.backends.decoding import Decoded, Job, decode
+from usp_env.backends.decoding import Decoded, Job, decode, keeps_states
+from usp_env.backends.prefixes import PrefixStore
 from usp_env.backends.spec import ModelSpec
 from usp_env.errors import BackendError, MissingAssetError, SpecError, UnknownNameError, require
 from usp_env.models import assets
@@ -46,6 +51,8 @@ class HFBackend:
             a live PEFT model already has, and None uses the model as it is.
         renderer: Turns messages into ids; None makes the tokenizer's.
         mutable: Whether the weights change during the backend's life.
+        prefix_gib: Most memory for keys and values kept from call to call, in GiB; 0 keeps none. None: a quarter of what
+            is free, and none where the model is mutable.
 
     Attributes:
         identity: Weights digest (`live` when mutable), dtype, renderer version, adapters' digests.
@@ -64,6 +71,7 @@ class HFBackend:
         adapters: Mapping[str, str] | None = None,
         renderer: Renderer | None = None,
         mutable: bool = False,
+        prefix_gib: float | None = None,
     ) -> None:
         self.spec, self.mutable, self.tokenizer = spec or str(model.config._name_or_path), mutable, tokenizer
         self.renderer = renderer or Renderer(tokenizer)
@@ -79,6 +87,9 @@ class HFBackend:
         self.model = model.to(device) if device is not None else model
         if not self._adapters:
             self._adapters = {name: name for name in getattr(model, "peft_config", {})}
+        if prefix_gib is None:
+            prefix_gib = 0.0 if mutable else _free_bytes(self.model.device) / 4 / 2**30
+        self.prefixes = PrefixStore(int(prefix_gib * 2**30)) if prefix_gib > 0 and keeps_states(model) else None
         self._lock = threading.Lock()  # adapters and eval mode are state of the model
 
     @classmethod
@@ -119,6 +130,7 @@ class HFBackend:
             device=device,
             max_model_len=spec.options.get("max_model_len"),
             adapters={adapter: adapter} if adapter else None,
+            prefix_gib=spec.options.get("prefix_gib"),
         )
         if Path(where).is_dir():
             backend._weights = lambda: hash_folder(where)
@@ -134,6 +146,12 @@ class HFBackend:
             "renderer": RENDERER_VERSION,
             "adapters": {name: hash_folder(folder) for name, folder in self._folders.items()},
         }
+
+    def forget(self) -> None:
+        """Drop all kept keys and values: the weights have changed."""
+        with self._lock:
+            if self.prefixes is not None:
+                self.prefixes.clear()
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text by itself."""
@@ -163,8 +181,9 @@ class HFBackend:
         with self._lock:
             for adapter, members in groups.items():
                 with self._speaking_as(adapter):
-                    for batch in self._batches(jobs, members):
-                        results.update(self._run(jobs, batch))
+                    known = {i: self._known(adapter, jobs[i]) for i in members}
+                    for batch in self._batches(jobs, known):
+                        results.update(self._run(jobs, batch, known, adapter))
         if results and all(result.error for result in results.values()):
             raise BackendError(f"no request of {len(requests)} could be served: {results[0].error}") from results[0].error
         return [results[i] for i in range(len(requests))]
@@ -202,11 +221,14 @@ class HFBackend:
 
         return stopped
 
-    def _batches(self, jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:
+    def _known(self, adapter: str | None, job: Job) -> Any:
+        return None if self.prefixes is None else self.prefixes.find(adapter or "", job.prompt)
+
+    def _batches(self, jobs: Sequence[Job], known: Mapping[int, Any]) -> Iterator[list[int]]:
         """Members in batches of similar length, which pads least; the largest first, so that memory fails early."""
         batch: list[int] = []
         most = 0
-        for i in sorted(members, key=lambda i: -len(jobs[i].prompt)):
+        for i in sorted(known, key=lambda i: -len(jobs[i].prompt)):
             size = len(jobs[i].prompt) + jobs[i].sampling.max_tokens
             if batch and (len(batch) >= self.micro_batch or max(most, size) * (len(batch) + 1) > self.max_batch_tokens):
                 yield batch
@@ -216,9 +238,10 @@ class HFBackend:
         if batch:
             yield batch
 
-    def _run(self, jobs: Sequence[Job], batch: list[int]) -> dict[int, Generation]:
+    def _run(self, jobs: Sequence[Job], batch: list[int], known: Mapping[int, Any], adapter: str | None) -> dict[int, Generation]:
+        states, keep = [known[i] for i in batch], self.prefixes is not None
         try:
-            decoded = decode(self.model, [jobs[i] for i in batch], len(self.tokenizer))
+            decoded = decode(self.model, [jobs[i] for i in batch], len(self.tokenizer), states, keep)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 return {batch[0]: failed(BackendError(f"{self.spec}: out of memory on one request: {error}"))}
@@ -228,15 +251,25 @@ class HFBackend:
             failure.__cause__ = error
             return {i: failed(failure) for i in batch}
         else:
-            return {i: self._generation(jobs[i], row) for i, row in zip(batch, decoded, strict=True)}
+            for i, row in zip(batch, decoded, strict=True):
+                if self.prefixes is not None and row.states is not None:
+                    self.prefixes.keep(adapter or "", (*jobs[i].prompt, *row.token_ids[:-1]), row.states)
+            return {i: self._generation(jobs[i], row, known[i]) for i, row in zip(batch, decoded, strict=True)}
         # Outside the handler, whose traceback would keep the failed batch's tensors alive.
         torch.cuda.empty_cache()
-        return {**self._run(jobs, batch[:half]), **self._run(jobs, batch[half:])}
+        return {
+            **self._run(jobs, batch[:half], known, adapter),
+            **self._run(jobs, batch[half:], known, adapter),
+        }
 
-    def _generation(self, job: Job, row: Decoded) -> Generation:
+    def _generation(self, job: Job, row: Decoded, known: Any) -> Generation:
         text = self.renderer.decode(row.token_ids)
         cuts = [at for mark in job.sampling.stop if (at := text.find(mark)) >= 0]
-        usage = {"prompt_tokens": len(job.prompt), "completion_tokens": len(row.token_ids)}
+        usage = {
+            "prompt_tokens": len(job.prompt),
+            "completion_tokens": len(row.token_ids),
+            "cached_tokens": 0 if known is None else known.shape[-2],
+        }
         return Generation(text[: min(cuts)] if cuts else text, tuple(row.token_ids), tuple(row.logprobs), row.reason, usage)
 
     @contextlib.contextmanager
@@ -272,6 +305,15 @@ def _no_progress_bar(transformers: Any) -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
+
+
+def _free_bytes(device: Any) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # a system that does not tell
+        return 4 * 2**30
 
 
 def hash_folder(folder: str | Path) -> str:

@@ -40,7 +40,7 @@ import tenacity  # noqa: E402
 
 NO_KEY = "EMPTY"  # what local servers expect where the client insists on a key
 _RETRIED = (408, 409, 425, 429)
-_OTHER_ENGINES = ("dtype", "device", "revision", "max_model_len", "gpu_memory_utilization")
+_OTHER_ENGINES = ("dtype", "device", "revision", "max_model_len", "gpu_memory_utilization", "prefix_gib")
 _LONGEST_PAUSE = 30.0
 _CONNECT_TIMEOUT = 10.0
 

@@ -69,6 +69,7 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "max_model_len": _number(16, 10_000_000, int),
     "gpu_memory_utilization": _number(0.01, 1.0, float),
     "adapter": str,
+    "prefix_gib": _number(0.0, 10_000.0, float),
     "key_env": _name,
     "timeout": _number(0.001, 86_400.0, float),
 }

@@ -166,7 +166,8 @@ def test_logprobs_are_those_of_an_unpadded_forward(backend):
         got = torch.tensor(made.logprobs)
         torch.testing.assert_close(got, expected[torch.arange(len(got)), list(made.token_ids)], rtol=0, atol=2e-4)
         assert len(made.token_ids) <= request.sampling.max_tokens
-        assert made.usage == {"prompt_tokens": len(request.token_ids), "completion_tokens": len(made.token_ids)}
+        assert made.usage["prompt_tokens"] == len(request.token_ids)
+        assert made.usage["completion_tokens"] == len(made.token_ids)
         assert made.text == backend.renderer.decode(made.token_ids)
 
 
@@ -219,7 +220,7 @@ def test_no_global_random_state_is_read_or_changed(backend):
 def test_end_of_turn(tokenizer):
     made, ids = say(tokenizer, " ok ", text_then=[EOT])
     assert (made.text, made.finish_reason, made.token_ids) == (" ok ", "stop", tuple(ids))
-    assert made.usage == {"prompt_tokens": 3, "completion_tokens": 5}
+    assert made.usage == {"prompt_tokens": 3, "completion_tokens": 5, "cached_tokens": 0}
 
 
 def test_end_of_conversation_only_where_it_may(tokenizer):
@@ -291,15 +292,15 @@ def test_requests_that_are_no_requests(backend):
 
 
 def test_a_failing_model_is_a_backend_error(tokenizer, monkeypatch):
-    backend = HFBackend(tiny(), tokenizer, micro_batch=2)
+    backend = HFBackend(tiny(), tokenizer, micro_batch=2, prefix_gib=0.0)
     requests = [replace(r, sampling=Sampling(max_tokens=4)) for r in prompts(6)]
     fine, real = backend.generate(requests), hf.decode
     longest = max(len(r.token_ids) for r in requests)
 
-    def flaky(model, jobs, vocabulary):
+    def flaky(model, jobs, *rest):
         if any(len(job.prompt) == longest for job in jobs):
             raise RuntimeError("device lost")
-        return real(model, jobs, vocabulary)
+        return real(model, jobs, *rest)
 
     monkeypatch.setattr(hf, "decode", flaky)
     made = backend.generate(requests)
@@ -316,11 +317,11 @@ def test_out_of_memory_halves_the_batch(tokenizer, monkeypatch):
     requests = prompts(8)
     fine, real, sizes = backend.generate(requests), hf.decode, []
 
-    def small(model, jobs, vocabulary):
+    def small(model, jobs, *rest):
         sizes.append(len(jobs))
         if len(jobs) > 2:
             raise torch.OutOfMemoryError("too many")
-        return real(model, jobs, vocabulary)
+        return real(model, jobs, *rest)
 
     monkeypatch.setattr(hf, "decode", small)
     assert [g.token_ids for g in backend.generate(requests)] == [g.token_ids for g in fine]
