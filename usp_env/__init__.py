@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DialogueEnv": "env",
     "DialogueVectorEnv": "vector",
+    "AsyncDialogue": "aio",
     "Act": "dialogue",
     "END": "dialogue",
     "Message": "dialogue",

@@ -90,7 +90,7 @@ class Conductor:
             for final in (False, True):
                 scoring = [e for e in busy if isinstance(e.pending, Scoring) and e.pending.final == final]
                 if scoring:
-                    for episode, terms in zip(scoring, self._terms(scoring, final), strict=True):
+                    for episode, terms in zip(scoring, self.terms(scoring, final), strict=True):
                         episode.feed(terms)
             busy = [episode for episode in busy if episode.pending is not None]
 
@@ -175,7 +175,8 @@ class Conductor:
             raise UspError(f"{self.partner.spec}: expected one reply for each of {len(turns)} views, got {len(replies)}")
         return replies
 
-    def _terms(self, episodes: Sequence[Episode], final: bool) -> Sequence[RewardTerms | BackendError | None]:
+    def terms(self, episodes: Sequence[Episode], final: bool) -> Sequence[RewardTerms | BackendError | None]:
+        """What the reward finds in episodes whose pending work is a `Scoring` of this kind; a failure stands for its terms."""
         if self.reward is None:
             raise UspError("an episode asks for a score, but the environment has no reward")
         work = [episode.pending for episode in episodes]

@@ -19,6 +19,7 @@ and feed the results back; nothing else knows how a conversation proceeds.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, Literal
@@ -223,11 +224,18 @@ class Episode:
             ) from error
         return episode
 
+    def copy(self) -> Episode:
+        """An episode that goes on from here by itself."""
+        twin = copy.copy(self)  # messages, profile and rules are immutable: they are shared
+        for name in ("messages", "rewards", "reward_terms", "utterance_rewards"):
+            setattr(twin, name, copy.copy(getattr(self, name)))
+        return twin
+
     def forked(self, index: int) -> Episode:
         """A copy with new noise from here on."""
-        copy = Episode.restore(self.snapshot())
-        copy.branch = f"{self.branch}.{self.turn}-{index}" if self.branch else f"{self.turn}-{index}"
-        return copy
+        twin = Episode.restore(self.snapshot())
+        twin.branch = f"{self.branch}.{self.turn}-{index}" if self.branch else f"{self.turn}-{index}"
+        return twin
 
     # ── the machine ──────────────────────────────────────────────────────────────────────────────
 

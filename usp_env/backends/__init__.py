@@ -38,6 +38,16 @@ def engine_spec(spec: ModelSpec) -> ModelSpec:
     return replace(spec, options={k: v for k, v in spec.options.items() if k not in _PER_REQUEST})
 
 
+def load_coalesced(spec: ModelSpec, max_batch: int = 64, max_wait_ms: float = 5.0) -> Backend:
+    """The shared backend of a spec behind a queue that merges concurrent calls; itself shared by the process."""
+    from usp_env.backends.coalesce import CoalescingBackend
+
+    engine = load(spec)
+    key = f"coalesced {max_batch} {max_wait_ms} {engine_spec(spec)}"
+    with _lock:
+        return _loaded.setdefault(key, CoalescingBackend(engine, max_batch, max_wait_ms))
+
+
 def load_cached(spec: ModelSpec, path: str | Path, mode: Mode = "record") -> Backend:
     """The backend of a spec behind a store of generations; `strict` needs neither weights nor a key."""
     from usp_env.backends.cache import CacheBackend

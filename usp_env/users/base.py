@@ -6,9 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from usp_env.backends.base import Backend, Request, Sampling
+from usp_env.backends.base import Backend, Generation, Request, Sampling
 from usp_env.dialogue import Role, View
+from usp_env.errors import UspError
+from usp_env.profiles import Profile
 from usp_env.records import Reply
+
+
+def profile_of(view: View, who: str) -> Profile:
+    """The profile that a user speaks from; `who` names the user in the message.
+
+    Raises:
+        UspError: The view has none, or a blank one: a user that needs a profile never speaks without.
+    """
+    if view.profile is None or not str(view.profile).strip():
+        came = "no profile" if view.profile is None else f"profile {view.profile.id!r}, which is blank"
+        raise UspError(f"{who} needs a profile, got {came}; give one to Dialogue.view_for('user', profile)")
+    return view.profile
 
 
 @runtime_checkable
@@ -32,6 +46,15 @@ class Partner(Protocol):
         Raises:
             BackendError: Nothing of the batch could be done. One failed reply is a `Reply` with `error` set.
         """
+        ...
+
+
+@runtime_checkable
+class AsyncPartner(Partner, Protocol):
+    """A partner that event loops can await."""
+
+    async def arespond(self, views: Sequence[View], seeds: Sequence[int]) -> list[Reply]:
+        """`respond`, awaited."""
         ...
 
 
@@ -75,5 +98,15 @@ class ModelSpeaker:
 
     def respond(self, views: Sequence[View], seeds: Sequence[int]) -> list[Reply]:
         """One engine call for all views."""
-        made = self.backend.generate([self.request(view, seed) for view, seed in zip(views, seeds, strict=True)])
-        return [Reply(g.text, g.finish_reason == "end", g, g.error) for g in made]
+        return _replies(self.backend.generate(self._requests(views, seeds)))
+
+    async def arespond(self, views: Sequence[View], seeds: Sequence[int]) -> list[Reply]:
+        """`respond` for event loops."""
+        return _replies(await self.backend.agenerate(self._requests(views, seeds)))
+
+    def _requests(self, views: Sequence[View], seeds: Sequence[int]) -> list[Request]:
+        return [self.request(view, seed) for view, seed in zip(views, seeds, strict=True)]
+
+
+def _replies(made: Sequence[Generation]) -> list[Reply]:
+    return [Reply(g.text, g.finish_reason == "end", g, g.error) for g in made]
