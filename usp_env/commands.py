@@ -174,7 +174,8 @@ def _replay(arguments: argparse.Namespace) -> int:
     if arguments.out:
         check_free(arguments.out, overwrite=arguments.overwrite)
     conductor, agent = _stage(arguments)
-    episode = go_on(transcripts[0], arguments.from_turn, conductor.rules)
+    profile = _profile(transcripts[0], conductor.sampler.bank)
+    episode = go_on(transcripts[0], arguments.from_turn, conductor.rules, profile)
     if arguments.out:
         config = {"from": transcripts[0].episode_id, "turn": arguments.from_turn}
         conductor.record = RunDirectory(arguments.out, config, overwrite=arguments.overwrite)

@@ -29,10 +29,15 @@ def other(role: Role) -> Role:
 def strip_think(text: str) -> str:
     """Text without its `<think>…</think>` blocks; an unclosed block runs to the end.
 
+    A block that only closes began in the template's generation header: everything before its end is thought.
+
     Example:
         >>> strip_think("<think>hm</think> Paris.")
         'Paris.'
     """
+    head, close, rest = text.partition("</think>")
+    if close and "<think>" not in head:
+        return strip_think(rest.lstrip())
     return _THINK.sub("", text) if "<think>" in text else text
 
 

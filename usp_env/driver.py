@@ -67,13 +67,13 @@ class Conductor:
             if options:
                 raise SpecError(f"reset option 'episode' stands alone: it fixes {', '.join(sorted(options))} too")
             checked = _as_spec(spec)
-            return self._begin(checked, self.sampler.bank.get(checked.profile_id), {})
+            return self._begin(checked, self.sampler.bank.get(checked.profile_id))
         draw = self._draw(rng, options)
         opening = options.get("opening")
         check_opening(opening, "reset option 'opening'")
         # 53 bits: any JSON reader keeps the number exactly.
-        spec = EpisodeSpec(draw.profile.id, draw.population, int(rng.integers(2**53)), opening)
-        return self._begin(spec, draw.profile, draw.user_options)
+        spec = EpisodeSpec(draw.profile.id, draw.population, int(rng.integers(2**53)), opening, dict(draw.user_options))
+        return self._begin(spec, draw.profile)
 
     def run(self, episodes: Sequence[Episode]) -> None:
         """Do all pending work, each kind in one call, until none is left.
@@ -159,8 +159,10 @@ class Conductor:
             raise UnknownNameError(f"user_id of bank {self.sampler.bank.name!r}", user_id, known)
         return sessions[int(rng.integers(len(sessions)))]
 
-    def _begin(self, spec: EpisodeSpec, profile: Profile, user_options: Mapping[str, Any]) -> Episode:
-        episode = Episode(spec, profile, self.rules, user_options)
+    def _begin(self, spec: EpisodeSpec, profile: Profile) -> Episode:
+        if spec.opening is not None and self.rules.agent_role == "user" and self.rules.max_turns == 1:
+            raise SpecError("a given opening is the user's first turn: with max_turns=1 it leaves the agent none")
+        episode = Episode(spec, profile, self.rules)
         episode.begin()
         return episode
 
@@ -221,4 +223,6 @@ def _as_spec(value: Any) -> EpisodeSpec:
     if not isinstance(spec.population, str):
         raise SpecError(f"reset option 'episode': expected a population's name, got {spec.population!r:.80}")
     check_opening(spec.opening, "reset option 'episode', opening")
+    if not isinstance(spec.user_options, Mapping):
+        raise SpecError(f"reset option 'episode', user_options: expected a mapping, got {spec.user_options!r:.80}")
     return replace(spec, episode_seed=seed)

@@ -169,9 +169,7 @@ class DialogueEnv(gym.Env[Observation, str]):
         Raises:
             SpecError: The snapshot is foreign, or of the other seat.
         """
-        episode = Episode.restore(snapshot.state)
-        if episode.rules.agent_role != self.conductor.rules.agent_role:
-            raise SpecError(f"the snapshot is of the {episode.rules.agent_role}'s seat, this environment's agent has the other")
+        episode = thaw(snapshot, self.conductor)
         if snapshot.rng is not None:
             set_state(self.np_random, snapshot.rng)
         self.episode = episode
@@ -189,6 +187,8 @@ class DialogueEnv(gym.Env[Observation, str]):
         children = []
         for index in range(n):
             child = copy.copy(self)
+            child.action_space = copy.deepcopy(self.action_space)  # its generator is its own
+            child.observation_space = copy.deepcopy(self.observation_space)
             child.episode = episode.forked(index) if diverge else Episode.restore(snapshot.state)
             child._np_random = copy.deepcopy(self.np_random)
             if diverge:
@@ -205,6 +205,19 @@ class DialogueEnv(gym.Env[Observation, str]):
         if self.episode is None:
             raise CallOrderError("call reset() before step(), snapshot() or fork()")
         return self.episode
+
+
+def thaw(snapshot: Snapshot, conductor: Conductor) -> Episode:
+    """The episode of a snapshot, to be scored as this conductor scores.
+
+    Raises:
+        SpecError: The snapshot is foreign, or of the other seat.
+    """
+    episode = Episode.restore(snapshot.state)
+    if episode.rules.agent_role != conductor.rules.agent_role:
+        raise SpecError(f"the snapshot is of the {episode.rules.agent_role}'s seat, this environment's agent has the other")
+    episode.rules = dataclasses.replace(episode.rules, scoring=conductor.rules.scoring)
+    return episode
 
 
 def check_branches(n: object) -> None:
@@ -259,7 +272,7 @@ def make_specs(
     source: Sampler = sampler if sampler is not None else load_sampler()
     rng = np.random.default_rng(check_seed(seed))
     draws = source.draw(n, population, rng)
-    return [EpisodeSpec(d.profile.id, d.population, int(rng.integers(2**53)), opening) for d in draws]
+    return [EpisodeSpec(d.profile.id, d.population, int(rng.integers(2**53)), opening, dict(d.user_options)) for d in draws]
 
 
 def seat_parts(agent_role: Role, partner: str, bank: str, split: str | None, reward: Any) -> Mapping[str, Any]:

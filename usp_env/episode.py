@@ -59,9 +59,8 @@ class Episode:
         ('turn_limit', True, 'completed')
     """
 
-    def __init__(self, spec: EpisodeSpec, profile: Profile, rules: Rules, user_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, spec: EpisodeSpec, profile: Profile, rules: Rules) -> None:
         self.spec, self.profile, self.rules = spec, profile, rules
-        self.user_options: Mapping[str, Any] = dict(user_options or {})
         self.branch = ""
         self.messages: list[Message] = []
         self.turn = 0
@@ -87,8 +86,12 @@ class Episode:
         if self.rules.agent_role == other(self._next_role):
             self._ask_partner()
 
-    def act(self, text: str) -> None:
+    def act(self, text: str, ended: bool | None = None) -> None:
         """The agent says `text`.
+
+        Args:
+            text: The utterance.
+            ended: Whether a user agent ends the conversation with it; None reads that from a final `END` marker.
 
         Raises:
             InvalidActionError: `text` is not a `str`.
@@ -100,7 +103,7 @@ class Episode:
             state = f"has ended ({self.end_reason})" if self.done else "waits for its partner"
             raise CallOrderError(f"episode {self.id} {state}: call reset() before step()")
         self._acting, self.reward = True, 0.0
-        message, ended = self._agent_message(text)
+        message, ended = self._agent_message(text, ended)
         if ended and message is None and self.turn:
             self._end("user_ended")
         elif message is None:
@@ -114,11 +117,13 @@ class Episode:
 
     def feed(self, result: Reply | RewardTerms | BackendError | None) -> None:
         """Take the result of the pending work."""
-        work, self.pending = self.pending, None
+        work = self.pending
         if isinstance(work, PartnerTurn) and isinstance(result, Reply):
+            self.pending = None
             self._hear(work, result)
             self._settle()
         elif isinstance(work, Scoring) and not isinstance(result, Reply):
+            self.pending = None
             self._score(work, result)
         else:
             raise CallOrderError(f"episode {self.id}: {type(result).__name__} was fed while {type(work).__name__} was pending")
@@ -161,6 +166,11 @@ class Episode:
         """Seed for the agent's own generation at this turn, if it wants one."""
         return generation_seed(self.spec.episode_seed, self.branch, self.turn, self.rules.agent_role)
 
+    @property
+    def user_options(self) -> Mapping[str, Any]:
+        """What the sampler gave to the simulated user."""
+        return self.spec.user_options
+
     def dialogue(self) -> Dialogue:
         """The conversation so far."""
         return Dialogue(tuple(self.messages))
@@ -193,7 +203,6 @@ class Episode:
             "spec": asdict(self.spec),
             "profile": {f.name: getattr(self.profile, f.name) for f in fields(Profile)},
             "rules": asdict(self.rules),
-            "user_options": dict(self.user_options),
             "messages": [asdict(message) for message in self.messages],
             "rewards": list(self.rewards),
             "reward_terms": dict(self.reward_terms),
@@ -209,9 +218,7 @@ class Episode:
                     raise TypeError(f"{name}: {state[name]!r:.40}")
             if not isinstance(state["spec"]["episode_seed"], int):
                 raise TypeError(f"episode_seed: {state['spec']['episode_seed']!r:.40}")
-            episode = cls(
-                EpisodeSpec(**state["spec"]), Profile(**state["profile"]), Rules(**state["rules"]), state["user_options"]
-            )
+            episode = cls(EpisodeSpec(**state["spec"]), Profile(**state["profile"]), Rules(**state["rules"]))
             episode.messages = [_thaw(message) for message in state["messages"]]
             for name in ("rewards", "utterance_rewards"):
                 setattr(episode, name, list(state[name]))
@@ -250,9 +257,10 @@ class Episode:
         seed = generation_seed(self.spec.episode_seed, self.branch, self.turn, role, attempt)
         self.pending = PartnerTurn(View(role, tuple(self.messages), profile, options), seed, attempt)
 
-    def _agent_message(self, text: str) -> tuple[Message | None, bool]:
+    def _agent_message(self, text: str, said_to_end: bool | None) -> tuple[Message | None, bool]:
         """The action as a message (None: nothing sayable), and whether it ends the conversation."""
-        bare, ended = split_end(text) if self.rules.agent_role == "user" else (text, False)
+        is_user = self.rules.agent_role == "user"
+        bare, ended = split_end(text) if is_user and said_to_end is None else (text, is_user and bool(said_to_end))
         content = strip_think(bare)
         if len(text) > self.rules.max_chars or not content.strip() or not is_unicode(text):
             return None, ended and len(text) <= self.rules.max_chars and is_unicode(text)
@@ -268,6 +276,9 @@ class Episode:
             self.error = str(reply.error)
             return self._end("infra")
         if made is not None and made.finish_reason == "context_limit":
+            if work.view.opening:  # nothing was said: there is no episode to learn from
+                self.error = "the prompt of the opening does not fit the model's context"
+                return self._end("infra")
             return self._end("context_limit")
         ended = reply.ended and role == "user" and not work.view.opening
         content = strip_think(reply.text).strip()
@@ -337,11 +348,19 @@ class Episode:
         if not self.done:
             return
         if self.rules.agent_role == "assistant":
-            self.utterance_rewards = list(self.rewards)
+            self.utterance_rewards = self._paid_to_utterances()
         elif terms is not None:
             self.utterance_rewards = terms.credit(self.turn)  # Eq. 6
         else:
             self.utterance_rewards = [0.0] * self.turn + ([reward] if self.outcome == "agent_failure" else [])
+
+    def _paid_to_utterances(self) -> list[float]:
+        """Step rewards; what a last step without an utterance pays goes to the last utterance."""
+        said = sum(message.role == self.rules.agent_role for message in self.messages) + (self.outcome == "agent_failure")
+        paid = list(self.rewards[:said])
+        if paid:
+            paid[-1] += sum(self.rewards[said:])
+        return paid
 
 
 def _thaw(message: Mapping[str, Any]) -> Message:

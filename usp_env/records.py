@@ -96,12 +96,14 @@ class EpisodeSpec:
         population: The population the profile was drawn from.
         episode_seed: Seeds every generation of the episode.
         opening: The user's first utterance, where it is given rather than generated.
+        user_options: What the sampler gave to the simulated user.
     """
 
     profile_id: str
     population: str
     episode_seed: int
     opening: str | None = None
+    user_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ class Renderer:
         Args:
             previous_ids: A row that ends in a reply: with its end of turn, with the end of conversation (which then
                 stands for it), or without either (a truncated reply, whose end of turn is appended here). A rendered
-                conversation does too.
+                conversation does too. Leave out a final `header_start_id`, with which a reply opened another turn.
             new_messages: What was said since.
             generation_role: Whose header is opened at the end.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from usp_env.backends.base import Generation
-from usp_env.dialogue import END, Act
+from usp_env.dialogue import END, Act, split_end
 from usp_env.episode import Episode
 from usp_env.errors import BackendError, SpecError, TranscriptError
 from usp_env.profiles import Profile
@@ -45,13 +45,14 @@ def replay(transcript: Transcript) -> Episode:
     return episode
 
 
-def go_on(transcript: Transcript, turn: int, rules: Rules) -> Episode:
+def go_on(transcript: Transcript, turn: int, rules: Rules, profile: Profile | None = None) -> Episode:
     """The episode as it stood before the agent's `turn`-th action, ready to go on live.
 
     Args:
         transcript: Of either seat.
         turn: From 1 on.
         rules: How it is conducted from here on (seat as recorded).
+        profile: The bank's, whose attributes rewards may need; None takes the record's prose alone.
 
     Raises:
         SpecError: There is no such turn, or the seats differ.
@@ -62,6 +63,7 @@ def go_on(transcript: Transcript, turn: int, rules: Rules) -> Episode:
     if not 1 <= turn <= steps:
         raise SpecError(f"episode {transcript.episode_id} has the turns 1 to {steps}; cannot go on from turn {turn}")
     episode = _start(transcript)
+    episode.profile = profile or episode.profile
     for message in transcript.messages[len(episode.messages) :]:
         if message["role"] == transcript.agent_role and len(episode.rewards) == turn - 1:
             break
@@ -77,7 +79,8 @@ def _start(transcript: Transcript) -> Episode:
         rules = Rules(**{**transcript.rules, "scoring": "never"})
     except TypeError as error:
         raise TranscriptError(f"episode {transcript.episode_id}: unknown rules ({error})") from error
-    spec = EpisodeSpec(transcript.profile_id, transcript.population, transcript.episode_seed, transcript.opening)
+    options = transcript.user_options
+    spec = EpisodeSpec(transcript.profile_id, transcript.population, transcript.episode_seed, transcript.opening, options)
     profile = Profile(transcript.profile_id, transcript.profile.get("objective", ""), transcript.profile.get("subjective", ""))
     episode = Episode(spec, profile, rules)
     episode.branch = transcript.branch
@@ -96,9 +99,10 @@ def _say(episode: Episode, message: Any, last: bool, transcript: Transcript) -> 
         known = reason is not None or ids is not None or message.get("usage")
         usage = message.get("usage", {})
         made = Generation(text, ids and tuple(ids), logprobs and tuple(logprobs), reason or "stop", usage, notes=notes)
-        episode.feed(Reply(text if known else message["content"], ends, made if known else None))
+        episode.feed(Reply(text, ends, made if known else None))
     elif turn is None and role == episode.rules.agent_role:
-        episode.act(Act(text, *facts, message.get("usage", {})))
+        marked = split_end(text)[1] and not split_end(message["content"])[1]
+        episode.act(Act(text, *facts, message.get("usage", {})), None if marked else ends)
     else:
         raise TranscriptError(f"episode {transcript.episode_id}: a {role} utterance stands where the other side speaks")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from usp_env.dialogue import END, Act
+from usp_env.dialogue import Act
 from usp_env.driver import Conductor
 from usp_env.episode import Episode
 from usp_env.errors import BackendError
@@ -32,7 +32,7 @@ def plan(sampler: Sampler, populations: Sequence[str], n: int, seed: int) -> lis
     specs = []
     for index in range(n):
         draw = sampler.draw(1, populations[index % len(populations)], rng)[0]
-        specs.append(EpisodeSpec(draw.profile.id, draw.population, int(rng.integers(2**53))))
+        specs.append(EpisodeSpec(draw.profile.id, draw.population, int(rng.integers(2**53)), None, dict(draw.user_options)))
     return specs
 
 
@@ -96,7 +96,6 @@ def take(episode: Episode, reply: Reply) -> None:
     if made is not None and made.finish_reason == "context_limit":
         return episode.stop("context_limit")
     # The reply ends the conversation by its flag; its text cannot, whatever it quotes.
-    text = reply.text + END if reply.ended else reply.text
     if made is None:
-        return episode.act(text)
-    return episode.act(Act(text, made.token_ids, made.logprobs, made.finish_reason, made.usage))
+        return episode.act(reply.text, reply.ended)
+    return episode.act(Act(reply.text, made.token_ids, made.logprobs, made.finish_reason, made.usage), reply.ended)

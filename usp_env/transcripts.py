@@ -57,6 +57,7 @@ class Transcript:
         rules: `usp_env.records.Rules`.
         rejected: An action or reply that was not taken into the dialogue.
         error: What failed, in an `infra_failure`.
+        user_options: What the sampler gave to the simulated user.
     """
 
     episode_id: str
@@ -82,6 +83,7 @@ class Transcript:
     rules: Mapping[str, Any] = field(default_factory=dict)
     rejected: str | None = None
     error: str | None = None
+    user_options: Mapping[str, Any] = field(default_factory=dict)
 
     def dialogue(self) -> Dialogue:
         """The conversation, for rewards and metrics."""
@@ -141,12 +143,14 @@ def transcribe(episode: Episode, models: Mapping[str, str]) -> Transcript:
         rules=asdict(episode.rules),
         rejected=episode.rejected,
         error=episode.error,
+        user_options=dict(episode.user_options),
     )
 
 
 def _message(record: dict[str, Any]) -> dict[str, Any]:
     # Token ids and log-probabilities only where an engine told them: most readers want the text.
-    return {key: value for key, value in record.items() if value or key not in ("token_ids", "logprobs", "notes")}
+    kept = {key: value for key, value in record.items() if value or key not in ("token_ids", "logprobs", "notes")}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}  # as JSON gives it back
 
 
 def read_transcripts(path: str | Path, torn: str = "raise") -> list[Transcript]:
@@ -215,7 +219,7 @@ class RunDirectory:
     Args:
         path: The directory; made if it is not there.
         config: What `run.json` records and a resumed run must share.
-        resume: Go on with a run that is there: `finished` holds its episodes.
+        resume: Go on with a run that is there: `finished` holds the ids of its episodes.
         overwrite: Begin anew over whatever is there.
         provenance: Also recorded: digests of models, bank and sampler (`Conductor.provenance`).
 
@@ -232,7 +236,7 @@ class RunDirectory:
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
-        self.finished: dict[str, Transcript] = {}
+        self.finished: set[str] = set()
         self.models: Mapping[str, str] | None = None  # set by who knows both speakers; an environment knows its partner
         self._lock = threading.Lock()
         check_free(path, resume, overwrite)
@@ -244,7 +248,7 @@ class RunDirectory:
         if resume and (self.path / RUN).is_file():
             self._check_config(resolved)
             self._mend()
-            self.finished = {t.episode_id: t for t in read_transcripts(self.path)} if self.file.is_file() else {}
+            self.finished = {t.episode_id for t in read_transcripts(self.path)} if self.file.is_file() else set()
         else:
             self.file.write_text("", "utf-8")
             text = json.dumps(describe(resolved) | {"provenance": provenance}, indent=1, ensure_ascii=False, default=str)
@@ -262,7 +266,6 @@ class RunDirectory:
         with self._lock, open(self.file, "ab") as stream:
             locked(stream)
             stream.write(line + b"\n")
-        self.finished[transcript.episode_id] = transcript
 
     def write_episode(self, episode: Episode, conductor: Conductor) -> None:
         """Append a finished episode of an environment."""

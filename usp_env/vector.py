@@ -7,6 +7,7 @@ flags, so `infos["reward_terms"][i]` is lane i's dict) and `infos["_" + key]` sa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from gymnasium.vector.utils import batch_space
 
 from usp_env.dialogue import Role
 from usp_env.driver import OPTIONS
-from usp_env.env import Observation, check_branches, make_conductor, seat_parts, set_state
+from usp_env.env import Observation, check_branches, make_conductor, seat_parts, set_state, thaw
 from usp_env.episode import Episode
 from usp_env.errors import CallOrderError, SpecError, UnknownNameError
 from usp_env.records import Snapshot, check_seed
@@ -140,10 +141,10 @@ class DialogueVectorEnv(VectorEnv[Observations, Sequence[str], np.ndarray]):
 
     def restore(self, index: int, snapshot: Snapshot) -> Observation:
         """Put a snapshot into lane `index`; returns its observation."""
-        episode, rng = Episode.restore(snapshot.state), np.random.default_rng()
+        self._check_lane(index)
+        episode, rng = thaw(snapshot, self.conductor), np.random.default_rng()
         if snapshot.rng is not None:
             set_state(rng, snapshot.rng)
-        self._check_lane(index)
         self.episodes[index], self._rngs[index], self._ended[index] = episode, rng, episode.done
         return episode.observation()
 
@@ -153,11 +154,13 @@ class DialogueVectorEnv(VectorEnv[Observations, Sequence[str], np.ndarray]):
         snapshot, episode = self.snapshot(index), self._live()[index]
         child = object.__new__(DialogueVectorEnv)
         child.__dict__.update(self.__dict__)
-        child.num_envs, child._ended = n, np.zeros(n, dtype=bool)
+        child.num_envs, child._ended = n, np.full(n, episode.done)
         child.observation_space = batch_space(self.single_observation_space, n)
         child.action_space = batch_space(self.single_action_space, n)
         child.episodes = [episode.forked(i) if diverge else Episode.restore(snapshot.state) for i in range(n)]
-        child._rngs = [np.random.default_rng([episode.agent_seed, i if diverge else 0]) for i in range(n)]
+        child._rngs = [
+            np.random.default_rng([episode.agent_seed, i]) if diverge else copy.deepcopy(self._rngs[index]) for i in range(n)
+        ]
         return child
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────

@@ -103,6 +103,7 @@ def decode(
     cache, sampler = buffered_cache(model.config, total), _Sampler([jobs[which] for which in live], vocabulary, device)
     logits = _prefill(model, cache, ids, mask, [new[which] for which in live], [known[which] for which in live])
     positions = (mask[:, :width].sum(-1, keepdim=True) - 1).clamp_min(0)
+    lasts = positions + torch.tensor([[jobs[which].sampling.max_tokens] for which in live], device=device)
     done: set[int] = set()
     while True:
         tokens, logprobs = sampler.draw(logits.float())
@@ -114,13 +115,13 @@ def decode(
         if len(done) == len(jobs):
             return out
         kept = [row for row, which in enumerate(live) if which not in done]
-        ids, positions = tokens[:, None], positions + 1
+        ids, positions = tokens[:, None], torch.minimum(positions + 1, lasts)  # rows that are done idle within the limit
         if len(live) - len(kept) >= max(1, len(live) // 8):  # copying the cache pays once an eighth of it is idle
             live = [live[row] for row in kept]
             index = torch.as_tensor(kept, device=device)
             cache.batch_select_indices(index)
             sampler.select(index)
-            ids, positions, mask = ids[index], positions[index], mask[index]
+            ids, positions, lasts, mask = ids[index], positions[index], lasts[index], mask[index]
         logits = _forward(model, cache, ids, mask[:, : cache.get_seq_length() + 1], positions)
 
 

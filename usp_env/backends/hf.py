@@ -79,6 +79,7 @@ class HFBackend:
         own_limit = int(getattr(model.config, "max_position_embeddings", None) or 1_000_000)
         self.max_model_len = min(max_model_len or own_limit, own_limit)
         self.micro_batch, self.max_batch_tokens = micro_batch, max_batch_tokens
+        self._vocabulary = max(tokenizer.get_vocab().values()) + 1
         self._folders = dict(adapters or {})
         # PEFT allows no dots or slashes in an adapter's name.
         self._adapters = {name: f"adapter_{i}" for i, name in enumerate(self._folders)}
@@ -143,6 +144,7 @@ class HFBackend:
             "engine": "hf",
             "weights": "live" if self.mutable else self._weights(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "max_model_len": self.max_model_len,
             "renderer": RENDERER_VERSION,
             "adapters": {name: hash_folder(folder) for name, folder in self._folders.items()},
         }
@@ -169,7 +171,8 @@ class HFBackend:
             SpecError: A request without prompt, or with messages that cannot be rendered.
             UnknownNameError: An adapter that nothing answers to.
         """
-        jobs = [self._job(request) for request in requests]
+        with self._lock:  # fast tokenizers do not bear two threads
+            jobs = [self._job(request) for request in requests]
         results: dict[int, Generation] = {}
         groups: dict[str | None, list[int]] = {}
         for i, (request, job) in enumerate(zip(requests, jobs, strict=True)):
@@ -241,12 +244,12 @@ class HFBackend:
     def _run(self, jobs: Sequence[Job], batch: list[int], known: Mapping[int, Any], adapter: str | None) -> dict[int, Generation]:
         states, keep = [known[i] for i in batch], self.prefixes is not None
         try:
-            decoded = decode(self.model, [jobs[i] for i in batch], len(self.tokenizer), states, keep)
+            decoded = decode(self.model, [jobs[i] for i in batch], self._vocabulary, states, keep)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 return {batch[0]: failed(BackendError(f"{self.spec}: out of memory on one request: {error}"))}
             half = len(batch) // 2
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             failure = BackendError(f"{self.spec}: the model failed on {len(batch)} requests: {error}")
             failure.__cause__ = error
             return {i: failed(failure) for i in batch}
@@ -275,7 +278,7 @@ class HFBackend:
     @contextlib.contextmanager
     def _speaking_as(self, adapter: str | None) -> Iterator[None]:
         """Eval mode with one adapter active (or none of ours), and everything as it was afterwards."""
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             if adapter is not None:
@@ -291,7 +294,8 @@ class HFBackend:
             else:
                 yield
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
 
 
 @contextlib.contextmanager

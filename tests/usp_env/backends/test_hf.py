@@ -424,3 +424,30 @@ def test_smollm2_alone_as_in_a_batch():
     alone = [backend.generate([request])[0].text for request in requests]
     assert sum(a == b for a, b in zip(together, alone, strict=True)) >= 0.99 * len(topics)
     assert len(set(together)) == len(topics)
+
+
+def test_rows_that_are_done_do_not_pass_the_models_last_position():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
+    sampling = Sampling(max_tokens=28)
+    jobs = [decoding.Job([1] * 28, replace(sampling, max_tokens=4), 0, {})]
+    jobs += [decoding.Job([1, 2], sampling, seed, {}) for seed in range(15)]
+    together = decoding.decode(model, jobs, 64)
+    assert together[0].token_ids == decoding.decode(model, jobs[:1], 64)[0].token_ids
+
+
+def test_submodules_keep_their_modes(tokenizer):
+    model = tiny().train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    HFBackend(model, tokenizer).generate(prompts(1))
+    assert [module.training for module in model.modules()] == before
+
+
+def test_identity_knows_the_models_limit(tokenizer):
+    model = tiny()
+    short = HFBackend(model, tokenizer, max_model_len=20)
+    assert short.identity != HFBackend(model, tokenizer).identity
