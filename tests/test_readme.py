@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+import usp_env
 from usp_env.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,10 +45,19 @@ def test_the_commands_exist() -> None:
 
 def test_the_twenty_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The API block as it stands, with scripted speakers in the models' place."""
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     monkeypatch.chdir(tmp_path)
     code = block.replace("usp-mini", "scripted").replace("smollm2-135m", "scripted").replace("goal+0.1*short", "0.1*short")
     names: dict[str, object] = {}
     exec(compile(code.replace('user="scripted")', 'user="scripted", reward=None)'), "README.md", "exec"), names)
     assert len(names["branches"]) == 8
-    assert names["learn_from"].all()
+    assert names["weights"].shape == (8,)
+
+
+def test_the_event_loop_lines_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    code = block.replace("usp-mini", "scripted").replace('reward="goal"', "reward=None")
+    body = "\n".join(f"    {line}" for line in code.splitlines())
+    names: dict[str, object] = {"spec": usp_env.make_specs(1)[0]}
+    exec(compile(f"async def main():\n{body}\n    return observation", "README.md", "exec"), names)
+    assert len(asyncio.run(names["main"]())) >= 2

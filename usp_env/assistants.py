@@ -5,6 +5,7 @@
 | `<model>`           | a chat model, see `usp_env.backends.spec`; `?system=…` instructs it |
 | `echo`              | repeats the user: a reward that it can win is broken               |
 | `known-bad`         | never helps: the lower anchor of any ranking                       |
+| `human`             | a person at the terminal                                          |
 | `scripted[:<file>]` | follows a script                                                  |
 """
 
@@ -20,6 +21,7 @@ from usp_env.dialogue import Role, View
 from usp_env.errors import SpecError
 from usp_env.records import Reply
 from usp_env.users.base import ModelSpeaker, Partner
+from usp_env.users.human import HumanSpeaker
 from usp_env.users.scripted import ScriptedSpeaker
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=160)
@@ -54,11 +56,13 @@ def load(spec: str, source: Callable[[ModelSpec], Backend] = load_backend) -> Pa
     if not isinstance(spec, str) or not spec:
         raise SpecError(f"expected an assistant spec such as 'smollm2-135m' or 'echo', got {spec!r}")
     bare, options = split_options(spec)
-    if bare in ("echo", "known-bad", "scripted") or bare.startswith("scripted:"):
+    if bare in ("echo", "known-bad", "human", "scripted") or bare.startswith("scripted:"):
         if options:
             raise SpecError(f"assistant {spec!r}: {bare!r} takes no options")
         if bare == "echo":
             return RuleAssistant("echo", str)
+        if bare == "human":
+            return HumanSpeaker("assistant")
         if bare == "known-bad":
             return RuleAssistant("known-bad", lambda said: REFUSAL)
         return ScriptedSpeaker.load(bare.partition(":")[2] or None, "assistant")

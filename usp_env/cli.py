@@ -1,4 +1,4 @@
-"""The commands: `usp-env fetch | play | show | score | profiles | check | report`.
+"""The commands: usp-env fetch | play | chat | show | score | profiles | check | report.
 
     usp-env play --user usp-mini --assistant smollm2-135m --episodes 6 --population all --seed 0 --out runs/x
 
@@ -13,13 +13,23 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from usp_env.errors import UspError
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that suggests what was meant."""
+    """An `ArgumentParser` that suggests what was meant and shows defaults."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _Help, "allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """End with the usage, the mistake and the nearest thing that would do."""
@@ -42,6 +52,11 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
+POPULATIONS = "density, uniform, majority, minority or virtual"
+BANK = "sharegpt (packaged), or a JSONL file of profiles"
+SPLIT = "train, val or test of the bank; all for the whole bank"
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text)
@@ -60,7 +75,7 @@ def natural(text: str) -> int:
 
 def build_parser() -> Parser:
     """All commands and their options."""
-    parser = Parser(prog="usp-env", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="usp-env", description="Conversations with simulated people.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -73,34 +88,59 @@ def build_parser() -> Parser:
     fetch.add_argument("--list", action="store_true", help="what there is, and what has been fetched")
 
     play = commands.add_parser("play", help="roll episodes and show them")
-    _speakers(play)
-    play.add_argument("--episodes", type=positive, default=6)
-    play.add_argument("--population", default="density", help="one, several (a,b) or all")
-    play.add_argument("--turns", type=positive, default=10, help="most user turns of an episode")
-    play.add_argument("--reward", default="goal", help="an expression, or none")
-    play.add_argument("--seed", type=natural, default=0)
-    play.add_argument("--bank", default="sharegpt")
-    play.add_argument("--split", default="train", help="of the bank; all for the whole bank")
+    # No defaults here: where a record goes on, they are the record's (`commands.PLAY` holds the others).
+    play.add_argument("--user", help="spec of the simulated user, see `usp_env.users` (default: usp-mini)")
+    play.add_argument("--assistant", help="spec of the assistant, see `usp_env.assistants` (default: smollm2-135m)")
+    play.add_argument("--turns", type=positive, help="most user turns of an episode (default: 10)")
+    play.add_argument("--reward", help="an expression such as goal, or none (default: goal)")
+    play.add_argument("--bank", help=f"{BANK} (default: sharegpt)")
+    play.add_argument("--split", help=f"{SPLIT} (default: train)")
+    play.add_argument("--episodes", type=positive, default=6, help="how many")
+    play.add_argument("--population", default="density", help=f"{POPULATIONS}; several as a,b; or all")
+    play.add_argument("--seed", type=natural, default=0, help="of everything that is drawn")
     play.add_argument("--lanes", type=positive, default=16, help="most conversations at a time")
-    play.add_argument("--out", help="run directory")
+    play.add_argument("--out", help="run directory; without it nothing is written")
     taken = play.add_mutually_exclusive_group()
     taken.add_argument("--resume", action="store_true", help="finish a run that was interrupted")
     taken.add_argument("--overwrite", action="store_true", help="begin anew over a run that is there")
-    play.add_argument("--cache", help="file of recorded generations")
-    play.add_argument("--cache-mode", choices=("record", "replay", "strict"), default="record")
+    play.add_argument("--cache", metavar="FILE", help="store of recorded generations")
+    play.add_argument(
+        "--cache-mode",
+        choices=("record", "replay", "strict"),
+        default="record",
+        help="replay what the store holds and add the rest; add nothing; or fail on what it lacks, with no model loaded",
+    )
     play.add_argument("--replay", metavar="FILE", help="rerun a transcripts file or run directory, with no model")
     play.add_argument("--episode", metavar="ID", help="with --replay: this episode alone")
-    play.add_argument("--from-turn", type=positive, metavar="K", help="with --episode: go on live from the agent's K-th turn")
+    play.add_argument(
+        "--from-turn",
+        type=positive,
+        metavar="K",
+        help="with --episode: go on live from the agent's K-th turn, with the record's models, turns, bank and reward",
+    )
     play.add_argument("--quiet", action="store_true", help="only the summary")
 
+    chat = commands.add_parser("chat", help="take either seat yourself")
+    _speakers(chat)
+    chat.add_argument("--as", dest="seat", choices=("assistant", "user"), default="assistant", help="your seat")
+    chat.add_argument("--population", default="density", help=POPULATIONS)
+    chat.add_argument("--profile", metavar="ID", help="whom you talk with, or who you are")
+    chat.add_argument("--turns", type=positive, default=10, help="most user turns")
+    chat.add_argument("--reward", default="none", help="an expression, shown at the end")
+    chat.add_argument("--seed", type=natural, help="default: a new one each time")
+    chat.add_argument("--bank", default="sharegpt", help=BANK)
+    chat.add_argument("--split", default="train", help=SPLIT)
+    chat.add_argument("--out", help="run directory; default: runs/chat-<time>")
+    chat.add_argument("--resume", action="store_true", help="go on with the conversation in --out")
+
     show = commands.add_parser("show", help="what each model received and said")
-    show.add_argument("run")
+    show.add_argument("run", help="run directory or transcripts file")
     show.add_argument("--episode", metavar="ID", help="default: a list of all")
-    show.add_argument("--turn", type=positive)
+    show.add_argument("--turn", type=positive, metavar="K", help="this user turn and its answer alone")
     show.add_argument("--prompts", action="store_true", help="the whole prompts")
 
     score = commands.add_parser("score", help="rewards over saved transcripts, no generation")
-    score.add_argument("run")
+    score.add_argument("run", help="run directory or transcripts file")
     score.add_argument("--reward", required=True, help="an expression")
     score.add_argument("--bank", default="sharegpt", help="where profiles are looked up")
     score.add_argument("--out", help="also write the scores to this JSONL file")
@@ -109,22 +149,22 @@ def build_parser() -> Parser:
     kinds = profiles.add_subparsers(dest="kind", required=True, metavar="show|sample|plot", parser_class=Parser)
     for name, text in (("show", "one profile, or the bank"), ("sample", "draw users"), ("plot", "the density map")):
         sub = kinds.add_parser(name, help=text)
-        sub.add_argument("--bank", default="sharegpt")
-        sub.add_argument("--split", default="train")
+        sub.add_argument("--bank", default="sharegpt", help=BANK)
+        sub.add_argument("--split", default="train", help=SPLIT)
         if name == "show":
-            sub.add_argument("id", nargs="?")
+            sub.add_argument("id", nargs="?", help="whose; without it, what the bank holds")
         else:
-            sub.add_argument("--population", default="density")
-            sub.add_argument("-n", type=positive, default=5)
-            sub.add_argument("--seed", type=natural, default=0)
-            sub.add_argument("--out", help="PNG file" if name == "plot" else "bank file (JSONL)")
+            sub.add_argument("--population", default="density", help=POPULATIONS)
+            sub.add_argument("-n", type=positive, default=5, help="how many")
+            sub.add_argument("--seed", type=natural, default=0, help="of the draw")
+            sub.add_argument("--out", help="PNG file (default: profiles.png)" if name == "plot" else "bank file (JSONL)")
 
     check = commands.add_parser("check", help="check_env, determinism and a smoke test of any user and assistant")
     _speakers(check, user="scripted", assistant="scripted")
     check.add_argument("--seat", choices=("assistant", "user", "both"), default="both", help="of the agent")
 
     report = commands.add_parser("report", help="a run as one HTML file")
-    report.add_argument("run")
+    report.add_argument("run", help="run directory")
     report.add_argument("--out", help="default: report.html in the run directory")
     return parser
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,23 @@ import numpy as np
 from usp_env import backends
 from usp_env.backends.base import Backend
 from usp_env.backends.spec import ModelSpec
+from usp_env.chat import chat
 from usp_env.driver import Conductor
 from usp_env.episode import Episode
 from usp_env.errors import SpecError, UnknownNameError, UspError, require
 from usp_env.profiles import Profile, ProfileBank
 from usp_env.records import RewardTerms
-from usp_env.transcripts import RunDirectory, Transcript, check_free, read_transcripts, transcribe
+from usp_env.transcripts import RUN, RunDirectory, Transcript, check_free, read_config, read_transcripts, transcribe
+
+PLAY: Mapping[str, Any] = {
+    "user": "usp-mini",
+    "assistant": "smollm2-135m",
+    "turns": 10,
+    "reward": "goal",
+    "bank": "sharegpt",
+    "split": "train",
+}
+"""Defaults of `usp-env play`."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     handlers: dict[str, Callable[[argparse.Namespace], int]] = {
         "fetch": fetch,
         "play": play,
+        "chat": chat,
         "show": show,
         "score": score,
         "profiles_show": profiles_show,
@@ -71,6 +83,7 @@ def play(arguments: argparse.Namespace) -> int:
         raise SpecError("--resume and --overwrite are about a run directory: name it with --out DIR")
     if arguments.replay:
         return _replay(arguments)
+    _fill(arguments, {})
     if arguments.episode or arguments.from_turn:
         raise SpecError("--episode and --from-turn go on from a recorded run: name it with --replay RUN")
     from usp_env.rollout import plan
@@ -111,6 +124,8 @@ def _stage(arguments: argparse.Namespace) -> tuple[Conductor, Any]:
     reward = None if arguments.reward in ("none", "None", "") else arguments.reward
     scorer = make_reward(reward, "assistant")  # first: a mistake here should not cost loading two models
     agent = assistants.load(arguments.assistant, source)
+    if "human" in (arguments.user, arguments.assistant):
+        raise SpecError("play shows many conversations at a time; a person talks in usp-env chat --as assistant (or user)")
     sampler = load_sampler(arguments.bank, None if arguments.split == "all" else arguments.split)
     return make_conductor(users.load(arguments.user, source), sampler, scorer, "assistant", max_turns=arguments.turns), agent
 
@@ -173,6 +188,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         raise SpecError("--from-turn goes on from one episode: name it with --episode ID")
     if arguments.out:
         check_free(arguments.out, overwrite=arguments.overwrite)
+    _fill(arguments, _recorded(transcripts[0], Path(arguments.replay)))
     conductor, agent = _stage(arguments)
     profile = _profile(transcripts[0], conductor.sampler.bank)
     episode = go_on(transcripts[0], arguments.from_turn, conductor.rules, profile)
@@ -181,6 +197,22 @@ def _replay(arguments: argparse.Namespace) -> int:
         conductor.record = RunDirectory(arguments.out, config, overwrite=arguments.overwrite)
     _roll(arguments, conductor, agent, [episode], 1)
     return 0
+
+
+def _fill(arguments: argparse.Namespace, recorded: Mapping[str, Any]) -> None:
+    """What the command line leaves open: the record's, else the default."""
+    for name, default in PLAY.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, recorded.get(name, default))
+
+
+def _recorded(transcript: Transcript, path: Path) -> dict[str, Any]:
+    """How a recorded episode was set up, as far as its run tells."""
+    folder = path if path.is_dir() else path.parent
+    run = read_config(folder) if (folder / RUN).is_file() else {}
+    known = {name: run[name] for name in ("bank", "split", "reward") if run.get(name) is not None}
+    speakers = {role: spec for role, spec in transcript.models.items() if spec not in ("agent", "human")}
+    return {**known, **speakers, "turns": transcript.rules.get("max_turns", PLAY["turns"])}
 
 
 def _chosen(transcripts: list[Transcript], episode_id: str | None) -> list[Transcript]:

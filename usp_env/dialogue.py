@@ -18,6 +18,9 @@ Role = Literal["user", "assistant"]
 END = "<|endconversation|>"
 """A text action in the user seat that ends in this marker ends the conversation."""
 
+# C0 without tab and newline, DEL, C1 (0x9b opens an escape sequence as ESC [ does), lone surrogates, and the
+# embeddings, overrides and isolates that show text in another order than it was said.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _THINK = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
 
@@ -39,6 +42,23 @@ def strip_think(text: str) -> str:
     if close and "<think>" not in head:
         return strip_think(rest.lstrip())
     return _THINK.sub("", text) if "<think>" in text else text
+
+
+def _picture(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)  # ␀ … ␟
+    return "␡" if code == 0x7F else f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def visible(text: object) -> str:
+    r"""Text whose control characters have become visible ones: it can drive no terminal and hide nothing.
+
+    Example:
+        >>> visible("\x1b[31mred\x07"), visible("a\u202eb")
+        ('␛[31mred␇', 'a\\u202eb')
+    """
+    return _CONTROL.sub(_picture, str(text).replace("\r\n", "\n"))
 
 
 def split_end(text: str) -> tuple[str, bool]:

@@ -31,9 +31,10 @@ def replay(transcript: Transcript) -> Episode:
     rebuilt = transcribe(episode, transcript.models)
     for name in ("messages", "end_reason", "terminated", "truncated"):
         if getattr(rebuilt, name) != getattr(transcript, name) or said:
+            where, due, came = _difference(name, getattr(rebuilt, name), getattr(transcript, name))
             raise TranscriptError(
-                f"episode {transcript.episode_id}: the record does not follow its own rules: {name} should be "
-                f"{getattr(rebuilt, name)!r:.100}, the file says {getattr(transcript, name)!r:.100}"
+                f"episode {transcript.episode_id}: the record does not follow its own rules: {where} should be "
+                f"{due!r:.100}, the file says {came!r:.100}"
             )
     if len(episode.rewards) != len(transcript.rewards):
         raise TranscriptError(
@@ -43,6 +44,17 @@ def replay(transcript: Transcript) -> Episode:
     episode.rewards, episode.utterance_rewards = list(transcript.rewards), list(transcript.utterance_rewards)
     episode.reward_terms, episode.outcome = dict(transcript.reward_terms), transcript.outcome
     return episode
+
+
+def _difference(name: str, due: Any, came: Any) -> tuple[str, Any, Any]:
+    """The first difference: where, what should stand there, and what does."""
+    if name != "messages":
+        return name, due, came
+    for index, (ours, theirs) in enumerate(zip(due, came, strict=False)):
+        for key in {**ours, **theirs}:
+            if ours.get(key) != theirs.get(key):
+                return f"messages[{index}].{key}", ours.get(key), theirs.get(key)
+    return "the number of messages", len(due), len(came)
 
 
 def go_on(transcript: Transcript, turn: int, rules: Rules, profile: Profile | None = None) -> Episode:

@@ -277,15 +277,10 @@ class RunDirectory:
         return self  # forks of an environment write into the same run
 
     def _check_config(self, config: Any) -> None:
-        try:
-            before = json.loads((self.path / RUN).read_text("utf-8"))["config"]
-            if not isinstance(before, dict | None):
-                raise ValueError(f"config is {before!r:.80}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunDirectoryError(f"{self.path / RUN}: expected what a run writes there, it is damaged ({error!r})") from error
+        before = read_config(self.path)
         if config is None or before == config:
             return
-        old, new = before or {}, config
+        old, new = before, config
         changed = [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         raise RunDirectoryError(
             f"{str(self.path)!r} holds a run with another configuration ({'; '.join(changed)}): use another directory"
@@ -298,6 +293,21 @@ class RunDirectory:
                 locked(stream)
                 data = stream.read()
                 stream.truncate(data.rfind(b"\n") + 1)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the run in a directory.
+
+    Raises:
+        RunDirectoryError: `run.json` is damaged.
+    """
+    try:
+        config = json.loads((folder / RUN).read_text("utf-8"))["config"]
+        if not isinstance(config, dict | None):
+            raise ValueError(f"config is {config!r:.80}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{folder / RUN}: expected what a run writes there, it is damaged ({error!r})") from error
+    return config or {}
 
 
 def check_free(path: str | Path, resume: bool = False, overwrite: bool = False) -> None:

@@ -6,7 +6,6 @@ Text in a transcript comes from models and is never trusted: `visible` goes over
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,27 +16,6 @@ from usp_env.dialogue import Dialogue, Message, flip, system_message
 from usp_env.episode import generation_seed
 from usp_env.profiles import Profile
 from usp_env.users import KINDS
-
-# C0 without tab and newline, DEL, C1 (0x9b opens an escape sequence as ESC [ does), lone surrogates, and the
-# embeddings, overrides and isolates that show text in another order than it was said.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def _picture(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)  # ␀ … ␟
-    return "␡" if code == 0x7F else f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-
-def visible(text: object) -> str:
-    r"""Text whose control characters have become visible ones: it can drive no terminal and hide nothing.
-
-    Example:
-        >>> visible("\x1b[31mred\x07"), visible("a\u202eb")
-        ('␛[31mred␇', 'a\\u202eb')
-    """
-    return _CONTROL.sub(_picture, str(text).replace("\r\n", "\n"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from usp_env.dialogue import visible
 from usp_env.errors import RunDirectoryError, TranscriptError, require
 from usp_env.report import facts
-from usp_env.report.facts import number, visible
+from usp_env.report.facts import number
 
 LONG, HEAD = 1800, 1200
 """A message of more than `LONG` characters shows its first `HEAD` or so; the rest unfolds."""

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from usp_env.dialogue import visible
 from usp_env.episode import Episode
 from usp_env.errors import SpecError, require
 from usp_env.report import facts
-from usp_env.report.facts import Utterance, number, visible
+from usp_env.report.facts import Utterance, number
 
 if TYPE_CHECKING:
     from rich.console import Console

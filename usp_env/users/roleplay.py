@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from usp_env.backends.base import Sampling
 from usp_env.dialogue import View, flip
-from usp_env.errors import UspError
+from usp_env.users.base import profile_of
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.9, max_tokens=96)
 PROMPT = (
@@ -19,9 +19,7 @@ PROMPT = (
 
 def render(view: View) -> list[dict[str, str]]:
     """The flipped messages an assistant model reads."""
-    if view.profile is None:
-        raise UspError("a role-played user needs a profile; give one to Dialogue.view_for('user', profile)")
     return [
-        {"role": "system", "content": PROMPT.format(profile=view.profile)},
+        {"role": "system", "content": PROMPT.format(profile=profile_of(view, "a role-played user"))},
         *flip(message.chat() for message in view.messages),
     ]

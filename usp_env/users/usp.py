@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from usp_env.backends.base import Sampling
 from usp_env.dialogue import View, system_message
-from usp_env.errors import UspError
+from usp_env.users.base import profile_of
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.9, max_tokens=96)
 
 
 def render(view: View) -> list[dict[str, str]]:
     """The messages a USP model reads."""
-    if view.profile is None:
-        raise UspError("a USP user needs a profile; give one to Dialogue.view_for('user', profile)")
-    return [system_message(view.profile), *(message.chat() for message in view.messages)]
+    return [system_message(profile_of(view, "a USP user")), *(message.chat() for message in view.messages)]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from usp_env.dialogue import OPENER
+from usp_env.dialogue import OPENER, visible
 from usp_env.episode import Episode
 from usp_env.profiles import Profile
 from usp_env.records import EpisodeSpec, PartnerTurn, Reply, Rules
@@ -39,9 +39,9 @@ def transcript(**changes: object) -> dict[str, object]:
 
 
 def test_control_characters_become_visible() -> None:
-    assert facts.visible("\x1b]0;title\x07 \x9b31m \x7f \x00 \r") == "␛]0;title␇ \\x9b31m ␡ ␀ ␍"
-    assert facts.visible("a\tb\r\nc\u2028\U0001f642 שלום") == "a\tb\nc\u2028\U0001f642 שלום"
-    assert facts.visible("\u202eevil\u2069 \ud800") == "\\u202eevil\\u2069 \\ud800"
+    assert visible("\x1b]0;title\x07 \x9b31m \x7f \x00 \r") == "␛]0;title␇ \\x9b31m ␡ ␀ ␍"
+    assert visible("a\tb\r\nc\u2028\U0001f642 שלום") == "a\tb\nc\u2028\U0001f642 שלום"
+    assert visible("\u202eevil\u2069 \ud800") == "\\u202eevil\\u2069 \\ud800"
 
 
 def test_group_by_hand() -> None:
