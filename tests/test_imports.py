@@ -22,7 +22,7 @@ LAYERS = [
     {"data"},
     {"sampling", "users", "assistants", "extraction"},
     {"rewards", "metrics"},
-    {"transcripts", "driver", "env", "vector", "aio", "wrappers", "rollout", "replay"},
+    {"ledger", "transcripts", "driver", "env", "vector", "aio", "wrappers", "rollout", "replay"},
     {"integrations", "report", "commands", "chat", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -118,9 +118,12 @@ class AsyncDialogue:
     async def _reply(self, turn: PartnerTurn) -> Reply:
         partner = self.conductor.partner
         try:
-            if isinstance(partner, AsyncPartner):
-                return (await partner.arespond([turn.view], [turn.seed]))[0]
-            return (await asyncio.to_thread(partner.respond, [turn.view], [turn.seed]))[0]
+            with self.conductor.timing(partner) as noted:
+                if isinstance(partner, AsyncPartner):
+                    noted += await partner.arespond([turn.view], [turn.seed])
+                else:
+                    noted += await asyncio.to_thread(partner.respond, [turn.view], [turn.seed])
+            return noted[0]
         except BackendError as error:
             return Reply("", error=error)
 

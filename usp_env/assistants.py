@@ -82,4 +82,5 @@ def load(spec: str, source: Callable[[ModelSpec], Backend] = load_backend) -> Pa
         sampling=parsed.sampling(SAMPLING),
         adapter=parsed.options.get("adapter"),
         chat_template_kwargs=tuple(parsed.options.get("chat_template_kwargs", {}).items()),
+        prices=parsed.prices,
     )

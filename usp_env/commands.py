@@ -108,7 +108,9 @@ def play(arguments: argparse.Namespace) -> int:
             say(f"{len(known)} of {len(specs)} episodes are finished already")
         specs = [spec for spec in specs if spec not in known]
     _roll(arguments, conductor, agent, specs, len(specs))
-    if arguments.out:
+    if arguments.out and conductor.record is not None:
+        for role, account in sorted(conductor.record.ledger.accounts.items()):
+            say(f"{role}: {account}")
         say(f"written: {arguments.out} (usp-env report {arguments.out} makes the page)")
     return 0
 

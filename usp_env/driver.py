@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -96,12 +97,17 @@ class Conductor:
 
     def close(self, episodes: Sequence[Episode]) -> None:
         """Record finished episodes and show the valid ones to the sampler, in the order given."""
-        if self.record is not None:
+        if self.record is not None and episodes:
             for episode in episodes:
                 self.record.write_episode(episode, self)
+            self.record.ledger.write()
         valid = [episode for episode in episodes if episode.valid]
         if valid:
             self.sampler.observe([summary(episode) for episode in valid])
+
+    def timing(self, speaker: Partner) -> AbstractContextManager[list[Reply]]:
+        """Times a call of a speaker for the run's ledger; the block puts the replies into the list that it gets."""
+        return nullcontext([]) if self.record is None else self.record.ledger.timing(speaker.role, speaker)
 
     def info(self, episode: Episode) -> dict[str, Any]:
         """The `info` of one episode: deterministic under a seed."""
@@ -170,7 +176,9 @@ class Conductor:
         work = [episode.pending for episode in episodes]
         turns = [turn for turn in work if isinstance(turn, PartnerTurn)]
         try:
-            replies = self.partner.respond([turn.view for turn in turns], [turn.seed for turn in turns])
+            with self.timing(self.partner) as noted:
+                replies = self.partner.respond([turn.view for turn in turns], [turn.seed for turn in turns])
+                noted += replies
         except BackendError as error:
             return [Reply("", error=error)] * len(turns)
         if len(replies) != len(turns):

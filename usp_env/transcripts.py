@@ -22,6 +22,8 @@ from usp_env.dialogue import Dialogue
 from usp_env.episode import Episode
 from usp_env.errors import RunDirectoryError, TranscriptError
 from usp_env.files import locked, read_text
+from usp_env.ledger import FILE as LEDGER
+from usp_env.ledger import Ledger
 
 if TYPE_CHECKING:
     from usp_env.driver import Conductor
@@ -237,6 +239,7 @@ class RunDirectory:
     ) -> None:
         self.path = Path(path)
         self.finished: set[str] = set()
+        self.ledger: Ledger
         self.models: Mapping[str, str] | None = None  # set by who knows both speakers; an environment knows its partner
         self._lock = threading.Lock()
         check_free(path, resume, overwrite)
@@ -249,8 +252,11 @@ class RunDirectory:
             self._check_config(resolved)
             self._mend()
             self.finished = {t.episode_id for t in read_transcripts(self.path)} if self.file.is_file() else set()
+            self.ledger = Ledger(self.path)
         else:
             self.file.write_text("", "utf-8")
+            (self.path / LEDGER).unlink(missing_ok=True)
+            self.ledger = Ledger(self.path)
             text = json.dumps(describe(resolved) | {"provenance": provenance}, indent=1, ensure_ascii=False, default=str)
             (self.path / f"{RUN}.new").write_text(text + "\n", "utf-8")
             (self.path / f"{RUN}.new").replace(self.path / RUN)

@@ -13,7 +13,7 @@ from usp_env.errors import UnknownNameError
 
 # What a request or a speaker says for itself does not need an engine of its own.
 Mode = Literal["record", "replay", "strict"]
-_PER_REQUEST = (*SAMPLING, "stop", "system", "chat_template_kwargs")
+_PER_REQUEST = (*SAMPLING, "stop", "system", "chat_template_kwargs", "price_in", "price_out")
 _loaded: dict[str, Backend] = {}
 _lock = threading.Lock()
 
@@ -66,6 +66,8 @@ def _build(spec: ModelSpec) -> Backend:
         from usp_env.backends.openai import OpenAIBackend
 
         return OpenAIBackend.from_spec(spec)
-    raise UnknownNameError(
-        "engine (vLLM in this process comes with the engines release; its server works now)", spec.engine, ["hf", "openai"]
-    )
+    if spec.engine == "vllm":
+        from usp_env.backends.vllm import VLLMBackend
+
+        return VLLMBackend.from_spec(spec)
+    raise UnknownNameError("engine", spec.engine, ["hf", "openai", "vllm"])

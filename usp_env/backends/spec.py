@@ -72,6 +72,8 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "prefix_gib": _number(0.0, 10_000.0, float),
     "key_env": _name,
     "timeout": _number(0.001, 86_400.0, float),
+    "price_in": _number(0.0, 1e6, float),
+    "price_out": _number(0.0, 1e6, float),
 }
 
 
@@ -101,6 +103,13 @@ class ModelSpec:
     def sampling(self, default: Sampling = Sampling()) -> Sampling:  # noqa: B008 - frozen
         """The sampling options over a default."""
         return replace(default, **{k: self.options[k] for k in (*SAMPLING, "stop") if k in self.options})
+
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        """Dollars a million tokens read and written (`price_in`, `price_out`); None where the spec tells neither."""
+        if not {"price_in", "price_out"} & set(self.options):
+            return None
+        return self.options.get("price_in", 0.0), self.options.get("price_out", 0.0)
 
     def __str__(self) -> str:
         prefix = "" if self.engine == "hf" else f"{self.engine}:"

@@ -72,6 +72,7 @@ class ModelSpeaker:
         adapter: LoRA adapter, or None.
         can_end: Whether it may sample the end-of-conversation token after the opening.
         chat_template_kwargs: Passed to the chat template.
+        prices: Dollars a million tokens read and written, for the ledger; None where nobody said.
     """
 
     backend: Backend
@@ -83,6 +84,7 @@ class ModelSpeaker:
     adapter: str | None = None
     can_end: bool = False
     chat_template_kwargs: tuple[tuple[str, object], ...] = ()
+    prices: tuple[float, float] | None = None
 
     def request(self, view: View, seed: int) -> Request:
         """What the engine is asked for this view."""
