@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
+from benchmarks.page import Section
 from usp_env.dialogue import View
 from usp_env.profiles import ProfileBank
 from usp_env.records import Reply
@@ -67,19 +68,30 @@ def share_of_ideal(num_envs: int, mode: str, latency: float, steps: int) -> floa
     return (steps + 1) * latency / (time.perf_counter() - start)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-envs", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--latency", type=float, default=1.0, help="seconds per batched call")
-    parser.add_argument("--steps", type=int, default=22, help="per block: two episodes of ten turns and their resets")
-    arguments = parser.parse_args()
-    print("num_envs  mode      ms/turn/env  share of ideal at", arguments.latency, "s per call")
-    for num_envs in arguments.num_envs:
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--num-envs", type=int, nargs="+", default=[64, 256, 1024])
+    made.add_argument("--latency", type=float, default=1.0, help="seconds per batched call")
+    made.add_argument("--steps", type=int, default=22, help="per block: two episodes of ten turns and their resets")
+    return made
+
+
+def section(args: argparse.Namespace) -> Section:
+    """The page's section."""
+    rows = []
+    for num_envs in args.num_envs:
         for mode in ("NextStep", "SameStep"):
-            cost = overhead(num_envs, mode, arguments.steps)
-            share = share_of_ideal(num_envs, mode, arguments.latency, arguments.steps)
-            print(f"{num_envs:8}  {mode:8}  {cost:11.4f}  {share:.3f}", flush=True)
+            cost = overhead(num_envs, mode, args.steps)
+            share = share_of_ideal(num_envs, mode, args.latency, args.steps)
+            rows.append([num_envs, mode, f"{cost:.4f}", f"{share:.3f}"])
+    text = (
+        "The environment with users that cost nothing: milliseconds per turn and environment (median of five blocks). "
+        f"With users that take {args.latency} s per batched call: steps a second as a share of `num_envs / latency`, "
+        "resets included. In `SameStep` the openings of new episodes are a second call of the same step."
+    )
+    header = ["environments", "autoreset", "ms a turn and environment", "share of ideal"]
+    return Section("What the environment costs", "python -m benchmarks.env_overhead", header, rows, text)
 
 
 if __name__ == "__main__":
-    main()
+    section(parser().parse_args()).show()

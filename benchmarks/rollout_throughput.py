@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
+from benchmarks.page import Section
 from usp_env import backends, users
 from usp_env.backends.base import Backend, Generation, Request
 from usp_env.backends.spec import ModelSpec
@@ -50,54 +51,83 @@ def load(spec: str) -> tuple[Partner, Noted]:
     return users.load(spec, source), noted[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-envs", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--user", default="usp-mini?max_tokens=48")
-    parser.add_argument("--skip-loop", action="store_true")
-    args = parser.parse_args()
-    n, sampler = args.num_envs, load_sampler()
-    # No early endings by loops; a dialogue that ends all the same is followed by another.
-    settings = {"max_turns": args.turns, "repetition_ratio": 1.1, "gratitude_words": 0}
-
-    user, noted = load(args.user)
+def through_vector(spec: str, n: int, turns: int, settings: dict[str, object]) -> tuple[Noted, float, list[str]]:
+    """Part (a): the notes, the seconds, and what was said."""
+    user, noted = load(spec)
     noted.inner.generate([Request([{"role": "user", "content": "warm up"}])])
-    envs = DialogueVectorEnv(n, user, sampler, None, autoreset_mode="NextStep", **settings)
+    forget(noted)
+    envs = DialogueVectorEnv(n, user, load_sampler(), None, autoreset_mode="NextStep", **settings)
     start = time.perf_counter()
     envs.reset(seed=0)
-    for turn in range(args.turns):
+    for turn in range(turns):
         envs.step([ANSWERS[turn % 4]] * n)
-    through = time.perf_counter() - start
-    said = [message.content for episode in envs.episodes for message in episode.messages]
+    seconds = time.perf_counter() - start
+    return noted, seconds, [message.content for episode in envs.episodes for message in episode.messages]
 
+
+def bare(noted: Noted) -> tuple[int, float]:
+    """Part (b): tokens and seconds of the same requests in the same batches, from an empty store of keys and values."""
+    forget(noted)
     start = time.perf_counter()
-    bare = [g for batch in noted.batches for g in noted.inner.generate(batch)]
-    alone = time.perf_counter() - start
-    tokens = sum(g.usage["completion_tokens"] for g in bare)
-    print(f"vector env   {noted.tokens / through:7.1f} tokens/s  ({noted.tokens} tokens, {through:.1f} s)")
-    print(f"bare backend {tokens / alone:7.1f} tokens/s  ({tokens} tokens, {alone:.1f} s)")
-    print(f"vector env / bare backend: {noted.tokens / through / (tokens / alone):.3f}", flush=True)
-    if args.skip_loop:
-        return
+    made = [g for batch in list(noted.batches) for g in noted.inner.generate(batch)]
+    return sum(g.usage["completion_tokens"] for g in made), time.perf_counter() - start
 
-    looped, notes = load(args.user)
-    again = []
+
+def in_a_loop(spec: str, n: int, turns: int, settings: dict[str, object]) -> tuple[int, float, list[str]]:
+    """Part (c): tokens, seconds and what was said, one environment after another."""
+    user, noted = load(spec)
+    forget(noted)
+    said = []
     start = time.perf_counter()
     for lane in range(n):
-        env = DialogueEnv(looped, sampler, None, **settings)
+        env = DialogueEnv(user, load_sampler(), None, **settings)
         env.reset(seed=lane)
-        for turn in range(args.turns):
+        for turn in range(turns):
             if env.episode.done:
                 env.reset()
             else:
                 env.step(ANSWERS[turn % 4])
-        again += [message.content for message in env.episode.messages]
-    loop = time.perf_counter() - start
-    print(f"single envs  {notes.tokens / loop:7.1f} tokens/s  ({notes.tokens} tokens, {loop:.1f} s)")
-    print(f"vector env / single envs: {noted.tokens / through / (notes.tokens / loop):.2f}")
-    print(f"messages that are the same in both: {sum(a == b for a, b in zip(said, again, strict=False)) / len(said):.4f}")
+        said += [message.content for message in env.episode.messages]
+    return noted.tokens, time.perf_counter() - start, said
+
+
+def forget(noted: Noted) -> None:
+    """Each part begins with nothing kept."""
+    if hasattr(noted.inner, "forget"):
+        noted.inner.forget()
+
+
+def section(args: argparse.Namespace) -> Section:
+    """The page's section."""
+    # No early endings by loops; a dialogue that ends all the same is followed by another.
+    settings = {"max_turns": args.turns, "repetition_ratio": 1.1, "gratitude_words": 0}
+    noted, seconds, said = through_vector(args.user, args.num_envs, args.turns, settings)
+    rate = noted.tokens / seconds
+    tokens, alone = bare(noted)
+    rows = [
+        ["vector environment", noted.tokens, f"{seconds:.1f}", f"{rate:.1f}", "1"],
+        ["bare backend, same requests", tokens, f"{alone:.1f}", f"{tokens / alone:.1f}", f"{rate / (tokens / alone):.3f}"],
+    ]
+    text = f"{args.num_envs} dialogues of {args.turns} turns, `{args.user}`. Ratio: the vector environment's rate over the row's."
+    if not args.skip_loop:
+        looped, spent, again = in_a_loop(args.user, args.num_envs, args.turns, settings)
+        rows.append(
+            ["single environments in a loop", looped, f"{spent:.1f}", f"{looped / spent:.1f}", f"{rate * spent / looped:.2f}"]
+        )
+        same = sum(a == b for a, b in zip(said, again, strict=False)) / len(said)
+        text += f" {same:.2%} of the messages are the same in the vector environment and in the loop."
+    header = ["", "tokens", "seconds", "tokens/s", "ratio"]
+    return Section("Throughput on a real model", "python -m benchmarks.rollout_throughput", header, rows, text)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--num-envs", type=int, default=32)
+    made.add_argument("--turns", type=int, default=4)
+    made.add_argument("--user", default="usp-mini?max_tokens=24")
+    made.add_argument("--skip-loop", action="store_true")
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    section(parser().parse_args()).show()

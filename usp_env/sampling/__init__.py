@@ -13,16 +13,20 @@ from usp_env.profiles import ProfileBank
 from usp_env.sampling.base import Draw, EpisodeSummary, Sampler
 from usp_env.sampling.density import DensitySampler, bank_digest
 from usp_env.sampling.diagnostics import Coverage, coverage, local_density_loss, plot, uniformity_loss
+from usp_env.sampling.novelty import NoveltyPool, build_pool, novelty_pool
 
 __all__ = [
     "Coverage",
     "DensitySampler",
     "Draw",
     "EpisodeSummary",
+    "NoveltyPool",
     "Sampler",
+    "build_pool",
     "coverage",
     "load_sampler",
     "local_density_loss",
+    "novelty_pool",
     "plot",
     "uniformity_loss",
 ]

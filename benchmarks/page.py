@@ -1,0 +1,77 @@
+"""Sections of `docs/performance.md`, and the page itself."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from usp_env.transcripts import versions
+
+
+@dataclass(frozen=True)
+class Section:
+    """One benchmark's result.
+
+    Args:
+        title: Of the section.
+        command: Measures it again.
+        header: Of the table.
+        rows: Its cells.
+        text: What the table shows.
+        picture: A PNG file beside it, or None.
+    """
+
+    title: str
+    command: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    text: str
+    picture: str | None = None
+
+    def markdown(self, folder: Path = Path()) -> str:
+        """The section; pictures are linked relative to `folder`."""
+        lines = [f"## {self.title}", "", f"`{self.command}`", "", self.text, ""]
+        lines += [f"| {' | '.join(self.header)} |", f"|{'---|' * len(self.header)}"]
+        lines += [f"| {' | '.join(map(str, row))} |" for row in self.rows]
+        if self.picture:
+            lines += ["", f"![{self.title}]({Path(os.path.relpath(self.picture, folder)).as_posix()})"]
+        return "\n".join(lines) + "\n"
+
+    def show(self) -> None:
+        """To the terminal."""
+        print(self.markdown(), flush=True)
+
+
+def machine() -> str:
+    """What ran it."""
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return (
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {packages}; load average "
+        f"{os.getloadavg()[0]:.1f} at the start. {date.today().isoformat()}."
+    )
+
+
+def write(path: Path, sections: Sequence[Section], head: str) -> None:
+    """The page."""
+    intro = f"# Performance\n\nWritten by `make bench`; nothing here is typed by hand.\n\n{head}\n"
+    path.write_text("\n".join([intro, *(section.markdown(path.parent) for section in sections)]), "utf-8")
+    sys.stdout.write(f"written: {path}\n")
+
+
+def picture(file: str, lines: Mapping[str, Sequence[float]], x: str, y: str) -> None:
+    """Curves over 1, 2, … as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in lines.items():
+        axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name)
+    axes.set(xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=130)
