@@ -1,6 +1,6 @@
 """What a long conversation costs: engine time per dialogue against its turns, with keys and values kept and without.
 
-    python -m benchmarks.multi_turn [--dialogues 8] [--turns 16] [--model smollm2-135m] [--picture docs/multi_turn.png]
+    python -m benchmarks.multi_turn [--dialogues 4] [--turns 16] [--model smollm2-135m] [--picture docs/multi_turn.png]
 
 One run, the two backends turn by turn beside each other, so that a busy machine slows both. The user and the assistant are the
 same model with different prompts, each reply has exactly `--tokens` tokens. Without reuse, a turn reads the whole history
@@ -104,9 +104,9 @@ def section(args: argparse.Namespace) -> Section:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--dialogues", type=int, default=8)
+    made.add_argument("--dialogues", type=int, default=4)
     made.add_argument("--turns", type=int, default=16)
-    made.add_argument("--tokens", type=int, default=32)
+    made.add_argument("--tokens", type=int, default=24)
     made.add_argument("--model", default="smollm2-135m")
     made.add_argument("--picture", help="PNG file of the curves")
     return made

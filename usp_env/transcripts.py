@@ -158,6 +158,8 @@ def _message(record: dict[str, Any]) -> dict[str, Any]:
 def read_transcripts(path: str | Path, torn: str = "raise") -> list[Transcript]:
     """Read a transcripts file, or the one in a run directory.
 
+    An `infra_failure` that a later line of the same episode made good (`--resume` runs it again) is left out.
+
     Args:
         path: File or directory.
         torn: What to do about a last line that a crash cut off: `"raise"` or `"skip"`.
@@ -176,7 +178,13 @@ def read_transcripts(path: str | Path, torn: str = "raise") -> list[Transcript]:
                 f"{file}, line {len(lines)}: cut off ({lines[-1][:60]!r} …); the run was interrupted: resume it with --resume, "
                 "or delete that line"
             )
-    return [parse_transcript(line, file, number) for number, line in enumerate(lines[:-1], 1) if line.strip()]
+    read = [parse_transcript(line, file, number) for number, line in enumerate(lines[:-1], 1) if line.strip()]
+    last = {_identity(transcript): number for number, transcript in enumerate(read)}
+    return [t for number, t in enumerate(read) if t.outcome != "infra_failure" or last[_identity(t)] == number]
+
+
+def _identity(transcript: Transcript) -> tuple[object, ...]:
+    return transcript.episode_id, transcript.branch
 
 
 def parse_transcript(line: str, file: str | Path, number: int) -> Transcript:
@@ -221,7 +229,8 @@ class RunDirectory:
     Args:
         path: The directory; made if it is not there.
         config: What `run.json` records and a resumed run must share.
-        resume: Go on with a run that is there: `finished` holds the ids of its episodes.
+        resume: Go on with a run that is there: `finished` holds the ids of its episodes, but for those that infrastructure
+            failed: they may be run again.
         overwrite: Begin anew over whatever is there.
         provenance: Also recorded: digests of models, bank and sampler (`Conductor.provenance`).
 
@@ -251,7 +260,8 @@ class RunDirectory:
         if resume and (self.path / RUN).is_file():
             self._check_config(resolved)
             self._mend()
-            self.finished = {t.episode_id for t in read_transcripts(self.path)} if self.file.is_file() else set()
+            known = read_transcripts(self.path) if self.file.is_file() else []
+            self.finished = {t.episode_id for t in known if t.outcome != "infra_failure"}
             self.ledger = Ledger(self.path)
         else:
             self.file.write_text("", "utf-8")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -152,7 +153,7 @@ def test_a_taken_directory_is_refused_and_nothing_is_lost(sampler: object, tmp_p
         RunDirectory(tmp_path / "run" / "run.json", overwrite=True)
     assert (tmp_path / "run" / "transcripts.jsonl").read_bytes() == text
     resumed = RunDirectory(tmp_path / "run", {"seed": 1, "user": "a"}, resume=True)
-    assert set(resumed.finished) == {f"{100 + i:014x}" for i in range(3)}
+    assert resumed.finished == {f"{100 + i:014x}" for i in range(2)}  # the third is an infrastructure failure
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "transcripts.jsonl").write_text("precious")
     with pytest.raises(RunDirectoryError, match="run.json is missing"):
@@ -220,7 +221,8 @@ def test_kill_minus_nine_loses_no_whole_line(tmp_path: object) -> None:
         writer.close()
     read = read_transcripts(tmp_path / "run", torn="skip")
     assert len(read) > 20
-    assert set(RunDirectory(tmp_path / "run", {"x": 1}, resume=True).finished) == {t.episode_id for t in read}
+    kept = {t.episode_id for t in read if t.outcome != "infra_failure"}
+    assert RunDirectory(tmp_path / "run", {"x": 1}, resume=True).finished == kept
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
@@ -281,3 +283,19 @@ def test_partners_that_miscount_are_told_so(sampler: object) -> None:
 def test_numpy_seeds_are_accepted(sampler: object) -> None:
     env = DialogueEnv(Speaker(user), sampler, population="uniform")
     assert env.reset(seed=int(np.int64(3)))[0] == env.reset(seed=3)[0]
+
+
+def test_a_resumed_run_runs_infrastructure_failures_again(sampler: object, tmp_path: object) -> None:
+    stage, folder = conductor(sampler), tmp_path / "run"
+    stage.record = run = RunDirectory(folder, {})
+    roll(stage, Speaker(agent, "assistant"), SPECS[:3])  # the third user's server is gone
+    first = read_transcripts(folder)
+    lost = next(t for t in first if t.outcome == "infra_failure")
+    resumed = RunDirectory(folder, {}, resume=True)
+    assert resumed.finished == {t.episode_id for t in first} - {lost.episode_id}
+    run.write(lost)  # down again: told once, at its last
+    assert read_transcripts(folder) == [t for t in first if t != lost] + [lost]
+    good = replace(lost, outcome="completed", valid=True, end_reason="user_ended", error=None)
+    run.write(good)
+    assert read_transcripts(folder) == [t for t in first if t != lost] + [good]
+    assert len((folder / "transcripts.jsonl").read_bytes().split(b"\n")) == 6  # nothing is taken out of the file
