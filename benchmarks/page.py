@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,16 +52,26 @@ def machine() -> str:
     """What ran it."""
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return (
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {packages}; load average "
-        f"{os.getloadavg()[0]:.1f} at the start. {date.today().isoformat()}."
+        f"*{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {packages}; load average "
+        f"{os.getloadavg()[0]:.1f} at the start; {date.today().isoformat()}.*"
     )
 
 
 def write(path: Path, sections: Sequence[Section], head: str) -> None:
-    """The page."""
-    intro = f"# Performance\n\nWritten by `make bench`; nothing here is typed by hand.\n\n{head}\n"
-    path.write_text("\n".join([intro, *(section.markdown(path.parent) for section in sections)]), "utf-8")
+    """The page: these sections are renewed, the others stay as they were."""
+    known = dict(_split(path.read_text("utf-8"))) if path.is_file() else {}
+    known |= {section.title: f"{section.markdown(path.parent)}\n{head}\n" for section in sections}
+    intro = (
+        "# Performance\n\nWritten by `make bench`; nothing here is typed by hand. Each section names the machine it was run on.\n"
+    )
+    path.write_text("\n".join([intro, *known.values()]), "utf-8")
     sys.stdout.write(f"written: {path}\n")
+
+
+def _split(page: str) -> list[tuple[str, str]]:
+    """Title and text of each section."""
+    parts = re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]
+    return [(part.split("\n", 1)[0].removeprefix("## "), part.rstrip("\n") + "\n") for part in parts]
 
 
 def picture(file: str, lines: Mapping[str, Sequence[float]], x: str, y: str) -> None:

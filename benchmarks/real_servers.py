@@ -30,8 +30,10 @@ from usp_env.models import assets
 from usp_env.transcripts import read_transcripts
 
 COMMANDS = {
-    "vllm": "-m vllm.entrypoints.cli.main serve {model} --served-model-name smollm2-135m --port {port} --max-model-len 2048 "
-    "--enforce-eager --kv-cache-memory-bytes 2000000000 --dtype float32 --block-size 32",
+    # Prompts are read whole: on a CPU, vLLM 0.32 dies of a seeded request that it reads in parts.
+    "vllm": "-m vllm.entrypoints.openai.api_server --model {model} --served-model-name smollm2-135m --port {port} "
+    "--max-model-len 2048 --enforce-eager --kv-cache-memory-bytes 2000000000 --dtype float32 --block-size 32 "
+    "--no-enable-chunked-prefill",
     "transformers": "-m transformers.cli.transformers serve {model} --port {port} --device cpu --dtype float32",
 }
 USERS = {"vllm": "usp:openai:{name}@{url}", "transformers": "roleplay:openai:{name}@{url}"}
@@ -56,7 +58,7 @@ def serving(kind: str, python: str, port: int, log: Path) -> Iterator[subprocess
 
 def _answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False

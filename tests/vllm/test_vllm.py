@@ -101,6 +101,13 @@ def test_a_second_turn_comes_from_the_cache(engine) -> None:
     assert second.usage["prompt_tokens"] - second.usage["cached_tokens"] < 80  # the turn, and a block of 32 at most
 
 
+def test_more_prompt_than_one_step_reads(engine) -> None:
+    """Seeded prompts that vLLM would read in parts: on a CPU that ended its process."""
+    long = [Request([{"role": "user", "content": f"{i}: " + "tea and bread " * 250}], seed=i) for i in range(12)]
+    made = engine.generate([replace(request, sampling=Sampling(0.8, 0.9, 4)) for request in long])
+    assert all(g.usage["prompt_tokens"] > 700 and g.error is None for g in made)
+
+
 def test_what_it_cannot_do_is_said(engine, tmp_path) -> None:
     with pytest.raises(SpecError, match="temperatures from 0 to 2"):
         engine.generate([ask("x", sampling=Sampling(temperature=3.0))])

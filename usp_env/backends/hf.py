@@ -33,7 +33,7 @@ from usp_env.rendering import RENDERER_VERSION, Renderer
 require("torch", "hf")
 import torch  # noqa: E402
 
-_OTHER_ENGINES = ("gpu_memory_utilization", "key_env", "timeout")
+_OTHER_ENGINES = ("gpu_memory_utilization", "key_env", "timeout", "concurrency")
 
 
 class HFBackend:

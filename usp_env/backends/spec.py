@@ -72,6 +72,7 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "prefix_gib": _number(0.0, 10_000.0, float),
     "key_env": _name,
     "timeout": _number(0.001, 86_400.0, float),
+    "concurrency": _number(1, 100_000, int),
     "price_in": _number(0.0, 1e6, float),
     "price_out": _number(0.0, 1e6, float),
 }

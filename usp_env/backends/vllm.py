@@ -31,7 +31,7 @@ from usp_env.rendering import RENDERER_VERSION, Renderer
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OTHER_ENGINES = ("key_env", "timeout")
+_OTHER_ENGINES = ("key_env", "timeout", "concurrency")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # sizes of LoRA that vLLM makes room for
 _CPU_BLOCK = 32  # tokens that share a cache entry; vLLM's 128 on a CPU is longer than most first turns
@@ -96,6 +96,8 @@ class VLLMBackend:
             "kv_cache_memory_bytes": None if prefix_gib is None else int(prefix_gib * 2**30),
             "block_size": _CPU_BLOCK if on_cpu else None,
             "enforce_eager": on_cpu if eager is None else eager,
+            # On a CPU, vLLM 0.32 crashes on a seeded request whose prompt it reads in parts: torch's CPU generator has no offset.
+            "enable_chunked_prefill": False if on_cpu else None,
         }
         options = {key: value for key, value in options.items() if value is not None}
         options |= {"enable_prefix_caching": True, "logprobs_mode": "processed_logprobs", "generation_config": "vllm"}
