@@ -9,7 +9,7 @@
 
 PYTHON ?= python3
 PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
-EXTRAS := hf,openai,sampling,report,dev
+EXTRAS := hf,openai,sampling,report,data,train,dev
 
 .PHONY: bench demo test test-vllm test-all lint fetch clean
 

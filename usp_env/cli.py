@@ -146,7 +146,8 @@ def build_parser() -> Parser:
     score.add_argument("--out", help="also write the scores to this JSONL file")
 
     profiles = commands.add_parser("profiles", help="the population")
-    kinds = profiles.add_subparsers(dest="kind", required=True, metavar="show|sample|plot", parser_class=Parser)
+    kinds = profiles.add_subparsers(dest="kind", required=True, metavar="extract|show|sample|plot", parser_class=Parser)
+    _extract_options(kinds.add_parser("extract", help="a bank out of conversations"))
     for name, text in (("show", "one profile, or the bank"), ("sample", "draw users"), ("plot", "the density map")):
         sub = kinds.add_parser(name, help=text)
         sub.add_argument("--bank", default="sharegpt", help=BANK)
@@ -167,6 +168,26 @@ def build_parser() -> Parser:
     report.add_argument("run", help="run directory")
     report.add_argument("--out", help="default: report.html in the run directory")
     return parser
+
+
+def _extract_options(extract: argparse.ArgumentParser) -> None:
+    extract.add_argument("source", help="sharegpt, a file (.json, .jsonl, .gz, .parquet), or a data set of the hub")
+    extract.add_argument("--model", required=True, help="spec of the extractor, e.g. openai:NAME@URL?price_in=2.5&price_out=10")
+    extract.add_argument("--out", required=True, help="bank file (JSONL)")
+    extract.add_argument("--format", default="auto", help="layout of the source")
+    extract.add_argument("--split", help="of the source (default: all of a file, train of the hub)")
+    extract.add_argument("--limit", type=positive, metavar="N", help="the first N conversations")
+    extract.add_argument("--splits", default="0.9,0.05,0.05", metavar="TRAIN,VAL,TEST", help="shares, grouped by user_id")
+    extract.add_argument("--pii", choices=("drop", "mask", "keep"), default="mask", help="conversations with private data")
+    extract.add_argument("--retries", type=natural, default=2, help="most repetitions of a call whose answer is malformed")
+    extract.add_argument("--context", type=natural, default=200, help="characters shown of an assistant's turn; 0 for none")
+    extract.add_argument("--batch", type=positive, default=32, help="conversations at a time")
+    extract.add_argument("--seed", type=natural, default=0, help="of calls and shuffles")
+    extract.add_argument("--plain", action="store_true", help="no response_format, for servers that refuse it")
+    taken = extract.add_mutually_exclusive_group()
+    taken.add_argument("--resume", action="store_true", help="go on with the bank that is there")
+    taken.add_argument("--overwrite", action="store_true", help="begin anew over it")
+    extract.add_argument("--retry-dropped", action="store_true", help="with --resume: try again what was dropped")
 
 
 def _speakers(parser: argparse.ArgumentParser, user: str = "usp-mini", assistant: str = "smollm2-135m") -> None:

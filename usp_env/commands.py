@@ -14,13 +14,13 @@ import numpy as np
 
 from usp_env import backends
 from usp_env.backends.base import Backend
-from usp_env.backends.spec import ModelSpec
+from usp_env.backends.spec import ModelSpec, parse
 from usp_env.chat import chat
 from usp_env.driver import Conductor
 from usp_env.episode import Episode
 from usp_env.errors import SpecError, UnknownNameError, UspError, require
 from usp_env.profiles import Profile, ProfileBank
-from usp_env.records import RewardTerms
+from usp_env.records import Reply, RewardTerms
 from usp_env.transcripts import RUN, RunDirectory, Transcript, check_free, read_config, read_transcripts, transcribe
 
 PLAY: Mapping[str, Any] = {
@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         "chat": chat,
         "show": show,
         "score": score,
+        "profiles_extract": profiles_extract,
         "profiles_show": profiles_show,
         "profiles_sample": profiles_sample,
         "profiles_plot": profiles_plot,
@@ -290,6 +291,42 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 # ── profiles ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def profiles_extract(arguments: argparse.Namespace) -> int:
+    """`usp-env profiles extract`."""
+    from usp_env.data.conversations import load
+    from usp_env.extraction.extractor import Extractor
+    from usp_env.extraction.run import extract_bank, parse_shares
+    from usp_env.ledger import Account
+
+    spec, account, shares = parse(arguments.model), Account(), parse_shares(arguments.splits)
+    conversations = load(arguments.source, format=arguments.format, split=arguments.split)
+    extractor = Extractor.from_spec(
+        spec,
+        retries=arguments.retries,
+        seed=arguments.seed,
+        context=arguments.context,
+        structured=not arguments.plain,
+        watch=lambda seconds, made: account.note(
+            seconds, [Reply(g.text, generation=g, error=g.error) for g in made], spec.prices
+        ),
+    )
+    options = {name: getattr(arguments, name) for name in ("pii", "batch", "limit", "resume", "overwrite", "retry_dropped")}
+    config = {"source": arguments.source, "format": arguments.format, "split": arguments.split}
+    tally = extract_bank(
+        conversations,
+        arguments.out,
+        extractor,
+        splits=shares,
+        config=config,
+        report=lambda tally: say(f"{tally}; {account}"),
+        **options,
+    )
+    for reason, count in tally.dropped.most_common(10):
+        say(f"  dropped {count}: {reason}")
+    say(f"{tally}\nthis run: {account}\nwritten: {arguments.out} (usp-env profiles show --bank {arguments.out})")
+    return 0
 
 
 def profiles_show(arguments: argparse.Namespace) -> int:

@@ -55,6 +55,8 @@ class Request:
         adapter: Name of a LoRA adapter over the base model, or None.
         can_end: Whether the end-of-conversation token may be sampled (never on an opening).
         chat_template_kwargs: Passed to the chat template.
+        json_schema: Shape of a JSON reply. Chat servers are asked to keep to it (`response_format`); other engines do not, so
+            a prompt must say it in words, and a reply must be checked in any case.
     """
 
     messages: Sequence[Mapping[str, str]] | None = None
@@ -65,6 +67,7 @@ class Request:
     adapter: str | None = None
     can_end: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    json_schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,7 +207,8 @@ def request_key(identity: Mapping[str, Any], request: Request) -> str:
 def _plain(request: Request) -> dict[str, Any]:
     messages = None if request.messages is None else [dict(message) for message in request.messages]
     token_ids = None if request.token_ids is None else [int(i) for i in request.token_ids]
-    return {
+    shape = {} if request.json_schema is None else {"json_schema": request.json_schema}  # older stores keep their keys
+    return shape | {
         "messages": messages,
         "token_ids": token_ids,
         "role": request.role,

@@ -93,6 +93,9 @@ def chat_call(request: Request, model: str) -> Call:
     if request.chat_template_kwargs:
         extra["chat_template_kwargs"] = dict(request.chat_template_kwargs)
     body = {"messages": messages, **_body(request, model)}
+    if request.json_schema is not None:
+        shape = {"name": "answer", "strict": True, "schema": dict(request.json_schema)}
+        body["response_format"] = {"type": "json_schema", "json_schema": shape}
     return Call(True, body, extra, affinity(request), notes={"broken_markers": broken} if broken else {})
 
 

