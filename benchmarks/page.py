@@ -59,6 +59,7 @@ def machine() -> str:
 
 def write(path: Path, sections: Sequence[Section], head: str) -> None:
     """The page: these sections are renewed, the others stay as they were."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     known = dict(_split(path.read_text("utf-8"))) if path.is_file() else {}
     known |= {section.title: f"{section.markdown(path.parent)}\n{head}\n" for section in sections}
     intro = (

@@ -120,6 +120,10 @@ def measure(args: argparse.Namespace, folder: Path) -> list[list[object]]:
         status = play(args, port, out, "--resume").wait()
     last = read_transcripts(out)
     rows.append(_row("resumed", status, last, time.perf_counter() - start))
+    if len(last) != args.episodes or any(t.outcome == "infra_failure" for t in last):
+        raise SystemExit(f"{len(last)} of {args.episodes} episodes after the resumed run: {Counter(t.outcome for t in last)}")
+    if not any(t.outcome == "infra_failure" for t in first):
+        raise SystemExit("the server was killed too late: nothing failed")
     kept = {t.episode_id: t for t in last}
     good = [t for t in first if t.outcome != "infra_failure"]
     if len(kept) != len(last) or any(kept.get(t.episode_id) != t for t in good):

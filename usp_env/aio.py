@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from gymnasium.utils import seeding
 
@@ -22,11 +22,13 @@ from usp_env.dialogue import Role
 from usp_env.driver import Conductor
 from usp_env.env import Observation, make_conductor
 from usp_env.episode import Episode
-from usp_env.errors import BackendError, CallOrderError, SpecError
+from usp_env.errors import BackendError, CallOrderError, SpecError, UspError
 from usp_env.records import EpisodeSpec, PartnerTurn, Reply, Scoring, check_seed
 from usp_env.rewards.base import RewardLike
 from usp_env.sampling.base import Sampler
 from usp_env.users.base import AsyncPartner, Partner
+
+T = TypeVar("T")
 
 
 class AsyncDialogue:
@@ -78,10 +80,16 @@ class AsyncDialogue:
         if spec is not None and options:
             raise SpecError("reset: a spec fixes the episode; leave options out")
         with self._alone():
+            before, state = self._rng, self._rng.bit_generator.state
             if seed is not None:
                 self._rng = seeding.np_random(check_seed(seed))[0]
             episode = self.conductor.new_episode(self._rng, {"episode": spec} if spec is not None else options)
-            await self._run(episode)
+            try:
+                await self._run(episode)
+            except asyncio.CancelledError:  # a reset that was cancelled has drawn nothing
+                self._rng = before
+                self._rng.bit_generator.state = state
+                raise
             if episode.done:
                 self.episode = None
                 cause = episode.error or f"no usable opening came ({episode.end_reason}: {episode.rejected!r:.80})"
@@ -113,19 +121,21 @@ class AsyncDialogue:
             if isinstance(work, PartnerTurn):
                 episode.feed(await self._reply(work))
             elif isinstance(work, Scoring):
-                episode.feed((await asyncio.to_thread(self.conductor.terms, [episode], work.final))[0])
+                episode.feed((await in_thread(self.conductor.terms, [episode], work.final))[0])
 
     async def _reply(self, turn: PartnerTurn) -> Reply:
         partner = self.conductor.partner
-        try:
-            with self.conductor.timing(partner) as noted:
+        with self.conductor.timing(partner) as noted:
+            try:
                 if isinstance(partner, AsyncPartner):
                     noted += await partner.arespond([turn.view], [turn.seed])
                 else:
-                    noted += await asyncio.to_thread(partner.respond, [turn.view], [turn.seed])
-            return noted[0]
-        except BackendError as error:
-            return Reply("", error=error)
+                    noted += await in_thread(partner.respond, [turn.view], [turn.seed])
+            except BackendError as error:
+                noted.append(Reply("", error=error))
+        if len(noted) != 1:
+            raise UspError(f"{partner.spec}: expected one reply for one view, got {len(noted)}")
+        return noted[0]
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -136,3 +146,15 @@ class AsyncDialogue:
             yield
         finally:
             self._busy = False
+
+
+async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """`asyncio.to_thread` for functions that may raise StopIteration, which no future can carry: its waiter would hang."""
+
+    def call() -> T:
+        try:
+            return function(*arguments)
+        except StopIteration as error:
+            raise RuntimeError(f"{getattr(function, '__qualname__', function)} raised StopIteration") from error
+
+    return await asyncio.to_thread(call)

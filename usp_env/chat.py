@@ -19,9 +19,10 @@ from usp_env.dialogue import Role, other
 from usp_env.driver import Conductor
 from usp_env.episode import Episode
 from usp_env.errors import RunDirectoryError, SpecError, UspError, require
+from usp_env.ledger import FILE as LEDGER
 from usp_env.records import Reply
 from usp_env.rollout import take
-from usp_env.transcripts import RunDirectory, check_free, read_config
+from usp_env.transcripts import FILE, RUN, RunDirectory, check_free, read_config
 from usp_env.users.human import HumanSpeaker, LeftError
 
 DRAFT = "chat.json"
@@ -54,12 +55,27 @@ def chat(arguments: argparse.Namespace) -> int:
     try:
         _talk(episode, said, conductor, speaker, screen, folder)
     except (LeftError, KeyboardInterrupt):
-        screen.show("note", f"Saved. Go on with: usp-env chat --out {folder} --resume")
+        screen.show("note", _saved(folder))
         return 0
+    except _FailedError as error:
+        screen.show("note", f"The model failed: {error}. {_saved(folder)}")
+        return 1
     (folder / DRAFT).unlink()
     screen.end(episode)
     screen.show("note", f"Written: {folder} (usp-env show {folder} --episode {episode.id})")
     return 0
+
+
+class _FailedError(UspError):
+    """A call failed; the conversation can go on from what is saved."""
+
+
+def _saved(folder: Path) -> str:
+    if (folder / DRAFT).is_file():
+        return f"Saved. Go on with: usp-env chat --out {folder} --resume"
+    for name in (RUN, FILE, LEDGER):  # the directory can be used again
+        (folder / name).unlink(missing_ok=True)
+    return "Nothing was said yet, so nothing is saved."
 
 
 def _table(arguments: argparse.Namespace) -> Conductor:
@@ -99,6 +115,8 @@ def _talk(
         take(episode, said)
         said = None
     conductor.run([episode])
+    if episode.outcome == "infra_failure" and (folder / DRAFT).is_file():
+        raise _FailedError(str(episode.error))
     if not episode.messages:
         raise UspError(f"the {other(person.role)} could not begin: {episode.error or episode.end_reason}; try another --seed")
     conductor.close([episode])
@@ -116,7 +134,7 @@ def _load(folder: Path) -> tuple[Episode, Reply | None]:
         record = json.loads((folder / DRAFT).read_text("utf-8"))
         said = record["said"] and Reply(str(record["said"]["text"]), bool(record["said"]["ended"]))
         return Episode.restore(record["episode"]), said
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunDirectoryError(f"{folder / DRAFT}: expected a saved conversation, it is damaged ({error!r})") from error
 
 

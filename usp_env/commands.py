@@ -108,11 +108,14 @@ def play(arguments: argparse.Namespace) -> int:
         if known:
             say(f"{len(known)} of {len(specs)} episodes are finished already")
         specs = [spec for spec in specs if spec not in known]
-    _roll(arguments, conductor, agent, specs, len(specs))
+    finished = _roll(arguments, conductor, agent, specs, len(specs))
     if arguments.out and conductor.record is not None:
         for role, account in sorted(conductor.record.ledger.accounts.items()):
             say(f"{role}: {account}")
         say(f"written: {arguments.out} (usp-env report {arguments.out} makes the page)")
+    if finished and all(episode.outcome == "infra_failure" for episode in finished):
+        say(f"every episode failed, the first with: {finished[0].error}")
+        return 1
     return 0
 
 
@@ -151,7 +154,7 @@ def _populations(text: str, known: Sequence[str]) -> list[str]:
     return names
 
 
-def _roll(arguments: argparse.Namespace, conductor: Conductor, agent: Any, episodes: Sequence[Any], total: int) -> None:
+def _roll(arguments: argparse.Namespace, conductor: Conductor, agent: Any, episodes: Sequence[Any], total: int) -> list[Episode]:
     from usp_env.report.terminal import LiveTranscript, summary_table
     from usp_env.rollout import roll
 
@@ -167,6 +170,7 @@ def _roll(arguments: argparse.Namespace, conductor: Conductor, agent: Any, episo
 
         finished = roll(conductor, agent, episodes, arguments.lanes, watch)
     console.print(summary_table([transcribe(episode, models).to_json() for episode in finished]))
+    return finished
 
 
 def _replay(arguments: argparse.Namespace) -> int:

@@ -39,8 +39,9 @@ def strip_think(text: str) -> str:
         'Paris.'
     """
     head, close, rest = text.partition("</think>")
-    if close and "<think>" not in head:
-        return strip_think(rest.lstrip())
+    while close and "<think>" not in head:  # a loop: a model may say it a thousand times
+        text = rest.lstrip()
+        head, close, rest = text.partition("</think>")
     return _THINK.sub("", text) if "<think>" in text else text
 
 

@@ -175,12 +175,12 @@ class Conductor:
     def _replies(self, episodes: Sequence[Episode]) -> list[Reply]:
         work = [episode.pending for episode in episodes]
         turns = [turn for turn in work if isinstance(turn, PartnerTurn)]
-        try:
-            with self.timing(self.partner) as noted:
+        with self.timing(self.partner) as noted:
+            try:
                 replies = self.partner.respond([turn.view for turn in turns], [turn.seed for turn in turns])
-                noted += replies
-        except BackendError as error:
-            return [Reply("", error=error)] * len(turns)
+            except BackendError as error:
+                replies = [Reply("", error=error)] * len(turns)
+            noted += replies
         if len(replies) != len(turns):
             raise UspError(f"{self.partner.spec}: expected one reply for each of {len(turns)} views, got {len(replies)}")
         return replies

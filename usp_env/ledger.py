@@ -7,6 +7,7 @@ else that ran, and stands here.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +62,8 @@ class Account:
             if (count := sum(usage.get(kind, 0) for usage in usages)) or kind in self.tokens:
                 self.tokens[kind] = self.tokens.get(kind, 0) + count
         if prices is not None:
-            read, written = (sum(usage.get(kind, 0) + usage.get(f"extra_{kind}", 0) for usage in usages) for kind in _TOKENS[:2])
+            paid = [usage for usage in usages if not usage.get("replayed")]
+            read, written = (sum(usage.get(kind, 0) + usage.get(f"extra_{kind}", 0) for usage in paid) for kind in _TOKENS[:2])
             self.usd = (self.usd or 0.0) + (read * prices[0] + written * prices[1]) / 1e6
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +86,8 @@ class Ledger:
     """Accounts of both roles.
 
     Args:
-        folder: Where `ledger.json` is written; totals that are there are gone on with.
+        folder: Where `ledger.json` is written; totals that are there are gone on with. Of several processes that write into one
+            directory, the last one's totals stand there.
 
     Raises:
         RunDirectoryError: The file is damaged.
@@ -119,9 +122,9 @@ class Ledger:
         """Write the file, whole or not at all."""
         with self._lock:
             text = json.dumps({role: account.to_json() for role, account in sorted(self.accounts.items())}, indent=1)
-        fresh = self.file.with_name(f"{FILE}.new")
-        fresh.write_text(text + "\n", "utf-8")
-        fresh.replace(self.file)
+            fresh = self.file.with_name(f"{FILE}.{os.getpid()}.new")  # other processes may write theirs
+            fresh.write_text(text + "\n", "utf-8")
+            fresh.replace(self.file)
 
     def _load(self) -> None:
         try:
@@ -131,5 +134,5 @@ class Ledger:
                 calls, replies, failures = (int(facts[name]) for name in ("calls", "replies", "failures"))
                 usd = None if facts["usd"] is None else float(facts["usd"])
                 self.accounts[role] = Account(calls, replies, failures, float(facts["seconds"]), tokens, usd)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise RunDirectoryError(f"{self.file}: expected a ledger, it is damaged ({error!r}): remove it") from error

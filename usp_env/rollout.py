@@ -65,8 +65,10 @@ def roll(
             live.append(item if isinstance(item, Episode) else conductor.new_episode(rng, {"episode": item}))
         conductor.run(live)
         talking = [episode for episode in live if not episode.done]
-        with conductor.timing(agent) as noted:
-            noted += (replies := ask(agent, talking))
+        replies: list[Reply] = []
+        if talking:
+            with conductor.timing(agent) as noted:
+                noted += (replies := ask(agent, talking))
         for episode, reply in zip(talking, replies, strict=True):
             take(episode, reply)
         conductor.run(talking)

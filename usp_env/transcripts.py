@@ -7,6 +7,7 @@ processes may share a directory; a line cut off by a crash is removed when the r
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -180,7 +181,9 @@ def read_transcripts(path: str | Path, torn: str = "raise") -> list[Transcript]:
             )
     read = [parse_transcript(line, file, number) for number, line in enumerate(lines[:-1], 1) if line.strip()]
     last = {_identity(transcript): number for number, transcript in enumerate(read)}
-    return [t for number, t in enumerate(read) if t.outcome != "infra_failure" or last[_identity(t)] == number]
+    good = {_identity(transcript) for transcript in read if transcript.outcome != "infra_failure"}
+    failed = {number for key, number in last.items() if key not in good}
+    return [t for number, t in enumerate(read) if t.outcome != "infra_failure" or number in failed]
 
 
 def _identity(transcript: Transcript) -> tuple[object, ...]:
@@ -279,8 +282,12 @@ class RunDirectory:
     def write(self, transcript: Transcript) -> None:
         """Append one line, in one piece."""
         line = _encode(transcript.to_json())
-        with self._lock, open(self.file, "ab") as stream:
+        with self._lock, open(self.file, "a+b") as stream:
             locked(stream)
+            if stream.seek(0, os.SEEK_END):
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":  # another writer was killed in the middle of a line
+                    line = b"\n" + line
             stream.write(line + b"\n")
 
     def write_episode(self, episode: Episode, conductor: Conductor) -> None:
@@ -303,12 +310,28 @@ class RunDirectory:
         )
 
     def _mend(self) -> None:
-        """Remove a last line that a crash cut off; a writer that is still at work keeps what it appends."""
+        """Remove lines that a crash cut off; a writer that is still at work keeps what it appends."""
         if self.file.is_file():
             with open(self.file, "r+b") as stream:
                 locked(stream)
                 data = stream.read()
-                stream.truncate(data.rfind(b"\n") + 1)
+                *lines, _ = data.split(b"\n")
+                whole = b"".join(line + b"\n" for line in lines if not _is_torn(line))
+                if whole != data:
+                    stream.seek(0)
+                    stream.write(whole)
+                    stream.truncate()
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line is the beginning of an object and not the whole of it."""
+    if not line.startswith(b"{") or line.endswith(b"}"):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -173,3 +173,52 @@ def test_a_damaged_draft_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     (out / "chat.json").write_text(json.dumps({"episode": {}, "said": None}))
     status, _, err = chat(monkeypatch, capsys, "", "--out", str(out), "--resume")
     assert (status, "Traceback" in err) == (2, False)
+
+
+def test_a_model_that_fails_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from usp_env.users.scripted import ScriptedSpeaker
+
+    out, script = str(tmp_path / "run"), talkative(tmp_path)
+    argv = ["--as", "assistant", "--user", script, "--turns", "3", "--out", out]
+    respond, calls = ScriptedSpeaker.respond, []
+
+    def failing(self: object, views: object, seeds: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise BackendError("the server is restarting")
+        return respond(self, views, seeds)
+
+    monkeypatch.setattr(ScriptedSpeaker, "respond", failing)
+    status, text, _ = chat(monkeypatch, capsys, "first words\n", *argv)
+    assert status == 1
+    assert "The model failed: " in text.replace("\n", " ")
+    assert "restarting" in text
+    assert "--resume" in text
+    status, text, _ = chat(monkeypatch, capsys, "second words\nthird words\n", "--out", out, "--resume")
+    assert status == 0
+    (transcript,) = read_transcripts(out)
+    assert [m["content"] for m in transcript.messages if m["role"] == "assistant"] == [
+        f"{n} words" for n in ("first", "second", "third")
+    ]
+    assert transcript.outcome == "completed"
+
+
+def test_leaving_before_anything_was_said_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from usp_env.users.scripted import ScriptedSpeaker
+
+    out, script = str(tmp_path / "run"), talkative(tmp_path)
+    argv = ["--as", "assistant", "--user", script, "--turns", "2", "--out", out]
+
+    def interrupted(self: object, views: object, seeds: object) -> object:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScriptedSpeaker, "respond", interrupted)
+        status, text, _ = chat(patch, capsys, "", *argv)
+    assert (status, "Nothing was said yet" in text) == (0, True)
+    status, text, _ = chat(monkeypatch, capsys, "a\nb\n", *argv)  # the directory is free again
+    assert (status, "is over" in text) == (0, True)

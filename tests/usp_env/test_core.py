@@ -166,3 +166,7 @@ def test_spaces() -> None:
 def test_require_names_the_extra() -> None:
     with pytest.raises(MissingExtraError, match=r"pip install 'usp-env\[hf\]'"):
         require("no_such_module_here", "hf")
+
+
+def test_a_thousand_ends_of_thought_are_one() -> None:
+    assert strip_think("</think>" * 5000 + " Paris.") == "Paris."

@@ -64,3 +64,47 @@ def test_a_run_keeps_one_and_a_resumed_run_goes_on(sampler: object, tmp_path: Pa
     (tmp_path / "run" / "ledger.json").write_text("[1]")
     with pytest.raises(RunDirectoryError, match="damaged"):
         RunDirectory(tmp_path / "run", {}, resume=True)
+
+
+def test_many_threads_write_one_ledger(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    ledger = Ledger(tmp_path)
+
+    def note(_: int) -> None:
+        with ledger.timing("user", None) as noted:
+            noted.append(Reply("hi"))
+        ledger.write()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(note, range(400)))
+    assert Ledger(tmp_path).accounts["user"].replies == 400
+    assert [file.name for file in tmp_path.iterdir()] == ["ledger.json"]
+
+
+def test_replayed_replies_cost_nothing() -> None:
+    account = Account()
+    made = [Generation("x", usage=USAGE), Generation("x", usage={**USAGE, "replayed": 1})]
+    account.note(1.0, [Reply("x", generation=g) for g in made], (1.0, 0.0))
+    assert account.usd == pytest.approx(0.001)
+
+
+def test_a_speaker_that_fails_is_counted(sampler: object, tmp_path: Path) -> None:
+    def gone(request: object) -> str:
+        raise BackendError("the server is gone")
+
+    user = users.load("usp:m", lambda spec: ScriptedBackend(gone))
+    conductor = make_conductor(user, sampler, None, population="uniform", max_turns=2)
+    conductor.record = RunDirectory(tmp_path / "run", {})
+    roll(conductor, assistants.load("echo"), [EpisodeSpec("p0", "uniform", 0)])
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    assert (ledger["user"]["replies"], ledger["user"]["failures"]) == (1, 1)
+    assert "assistant" not in ledger
+
+
+def test_a_duet_of_two_prices_has_none() -> None:
+    def price(text: str) -> object:
+        return users.load(text, lambda spec: ScriptedBackend(["x"])).prices
+
+    assert price("duet:a?price_in=1+b?price_in=10") is None
+    assert price("duet:a?price_in=1+b?price_in=1") == (1.0, 0.0)

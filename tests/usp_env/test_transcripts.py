@@ -299,3 +299,25 @@ def test_a_resumed_run_runs_infrastructure_failures_again(sampler: object, tmp_p
     run.write(good)
     assert read_transcripts(folder) == [t for t in first if t != lost] + [good]
     assert len((folder / "transcripts.jsonl").read_bytes().split(b"\n")) == 6  # nothing is taken out of the file
+
+
+def test_a_good_line_beats_failures_in_any_order(sampler: object, tmp_path: object) -> None:
+    stage, folder = conductor(sampler), tmp_path / "run"
+    stage.record = run = RunDirectory(folder, {})
+    roll(stage, Speaker(agent, "assistant"), SPECS[:1])
+    (good,) = read_transcripts(folder)
+    run.write(replace(good, outcome="infra_failure", valid=False, error="late"))
+    assert read_transcripts(folder) == [good]
+
+
+def test_a_line_after_a_torn_one_is_kept(sampler: object, tmp_path: object) -> None:
+    stage, folder = conductor(sampler), tmp_path / "run"
+    stage.record = run = RunDirectory(folder, {})
+    roll(stage, Speaker(agent, "assistant"), SPECS[:2])
+    before = read_transcripts(folder)
+    with open(folder / "transcripts.jsonl", "ab") as stream:
+        stream.write(b'{"episode_id": "0000')  # another writer was killed here
+    run.write(replace(before[0], episode_id="00000000000fff"))
+    resumed = RunDirectory(folder, {}, resume=True)
+    assert resumed.finished == {*(t.episode_id for t in before), "00000000000fff"}
+    assert len(read_transcripts(folder)) == 3

@@ -22,7 +22,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -78,24 +78,23 @@ class CacheBackend:
             raise SpecError(f"cache mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
         if inner is None and mode != "strict":
             raise SpecError(f"cache mode {mode!r} calls a backend on a miss: give one, or use mode='strict'")
-        if mode == "record" and inner is not None and inner.mutable:
-            raise SpecError(
-                f"{inner.spec!r} has weights that change, so its replies cannot be recorded; cache a fixed checkpoint"
-            )
         self.inner, self.path, self.mode = inner, Path(path), mode
+        self._check_weights()
         if mode != "record" and not self.path.is_file():
             raise MissingAssetError(f"expected a store of generations at {self.path}, there is none; mode='record' makes it")
         self._identity = identity
         self.spec = inner.spec if inner is not None else spec or self._only_spec()
         self._prepare()
 
-    @cached_property
+    @property
     def identity(self) -> Mapping[str, Any]:
-        """The inner backend's, or what the store remembers of it."""
+        """The inner backend's as it is now, or what the store remembers of it."""
         if self._identity is not None:
             return self._identity
-        if self.inner is not None:
-            return self.inner.identity
+        return self.inner.identity if self.inner is not None else self._remembered
+
+    @cached_property
+    def _remembered(self) -> Mapping[str, Any]:
         with self._open() as store:
             row = store.execute("SELECT identity FROM backends WHERE spec = ?", (self.spec,)).fetchone()
         if row is None:
@@ -118,7 +117,7 @@ class CacheBackend:
         keys, found, missing = self._look_up(requests)
         if missing and self.inner is not None:
             found |= self._keep(missing, self.inner.generate(list(missing.values())))
-        return [found[key] for key in keys]
+        return _answers(keys, found, missing)
 
     async def agenerate(self, requests: Sequence[Request]) -> list[Generation]:
         """`generate` for event loops."""
@@ -126,15 +125,24 @@ class CacheBackend:
         if missing and self.inner is not None:
             made = await self.inner.agenerate(list(missing.values()))
             found |= await asyncio.to_thread(self._keep, missing, made)
-        return [found[key] for key in keys]
+        return _answers(keys, found, missing)
 
     def __len__(self) -> int:
         """Generations in the store, of all backends."""
         with self._open() as store:
             return int(store.execute("SELECT count(*) FROM generations").fetchone()[0])
 
+    def _check_weights(self) -> None:
+        """An engine may become mutable after it was wrapped."""
+        if self.mode == "record" and self.inner is not None and self.inner.mutable:
+            raise SpecError(
+                f"{self.inner.spec!r} has weights that change, so its replies cannot be recorded; cache a fixed checkpoint"
+            )
+
     def _look_up(self, requests: Sequence[Request]) -> tuple[list[str], dict[str, Generation], dict[str, Request]]:
-        keys = [request_key(self.identity, request) for request in requests]
+        self._check_weights()
+        identity = self.identity
+        keys = [request_key(identity, request) for request in requests]
         with self._open() as store:
             found = _read(store, keys)
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
@@ -197,6 +205,17 @@ class CacheBackend:
             f"{self.path} does not hold {len(missing)} of the requests of {self.spec!r}; the first: role {first.role!r}, "
             f"seed {first.seed}, {said[:80]!r}. Record it: the same command with mode='record' and the model at hand"
         )
+
+
+def _answers(keys: Sequence[str], found: Mapping[str, Generation], missing: Mapping[str, Request]) -> list[Generation]:
+    """In order; what was not generated now is marked `replayed`, since nobody pays for it again."""
+    unpaid = dict.fromkeys(missing)
+    answers = []
+    for key in keys:
+        made = found[key]
+        first = unpaid.pop(key, made) is None
+        answers.append(made if first else replace(made, usage={**made.usage, "replayed": 1}))
+    return answers
 
 
 def request_key(identity: Mapping[str, Any], request: Request) -> str:

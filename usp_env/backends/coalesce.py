@@ -129,7 +129,7 @@ class CoalescingBackend:
                 call.future.set_exception(error)
         except BaseException as error:
             if len(calls) == 1:
-                calls[0].future.set_exception(error)
+                calls[0].future.set_exception(_carried(error))
             else:  # a request that is no request: find out whose
                 for call in calls:
                     self._serve([call])
@@ -147,3 +147,12 @@ def _cut(calls: list[_Call], most: int) -> tuple[list[_Call], list[_Call]]:
         if size > most and i:
             return calls[:i], calls[i:]
     return calls, []
+
+
+def _carried(error: BaseException) -> BaseException:
+    """No future can carry a StopIteration: whoever awaits it would wait for ever."""
+    if not isinstance(error, StopIteration):
+        return error
+    carried = RuntimeError("the engine raised StopIteration")
+    carried.__cause__ = error
+    return carried

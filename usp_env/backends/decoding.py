@@ -126,8 +126,19 @@ def decode(
 
 
 def keeps_states(model: Any) -> bool:
-    """Whether all layers cache keys and values of every token, so that a row's can be taken out and put back."""
+    """Whether all layers cache keys and values of every token, so that a row's can be taken out and put back.
+
+    Not where the rotary angles of early tokens depend on how long the row has become.
+    """
+    if _rope_types(model.config) & {"longrope", "dynamic"}:
+        return False
     return all(type(layer) is _BufferedLayer for layer in buffered_cache(model.config, 1).layers)
+
+
+def _rope_types(config: Any) -> set[Any]:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # some models have one a layer type
+    return {kind.get("rope_type", kind.get("type")) for kind in kinds}
 
 
 def _length(states: Tensor | None) -> int:

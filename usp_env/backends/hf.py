@@ -91,6 +91,7 @@ class HFBackend:
         if prefix_gib is None:
             prefix_gib = 0.0 if mutable else _free_bytes(self.model.device) / 4 / 2**30
         self.prefixes = PrefixStore(int(prefix_gib * 2**30)) if prefix_gib > 0 and keeps_states(model) else None
+        self._written = -1
         self._lock = threading.Lock()  # adapters and eval mode are state of the model
 
     @classmethod
@@ -182,6 +183,7 @@ class HFBackend:
             else:
                 groups.setdefault(request.adapter, []).append(i)
         with self._lock:
+            self._check_weights()
             for adapter, members in groups.items():
                 with self._speaking_as(adapter):
                     known = {i: self._known(adapter, jobs[i]) for i in members}
@@ -225,7 +227,21 @@ class HFBackend:
         return stopped
 
     def _known(self, adapter: str | None, job: Job) -> Any:
-        return None if self.prefixes is None else self.prefixes.find(adapter or "", job.prompt)
+        return None if self.prefixes is None else self.prefixes.find(self._owner(adapter), job.prompt)
+
+    def _owner(self, adapter: str | None) -> str:
+        """Whose keys and values these are: without folders of ours, a model speaks as whatever adapter is active."""
+        if adapter is None and not self._folders and hasattr(self.model, "peft_config"):
+            return f"active {getattr(self.model, 'active_adapter', '')}"
+        return adapter or ""
+
+    def _check_weights(self) -> None:
+        """Drop what was kept if a parameter was written to since, by someone who did not say that the model is mutable."""
+        if self.prefixes is not None:
+            written = sum(0 if p.is_inference() else p._version for p in self.model.parameters())
+            if written != self._written:
+                self.prefixes.clear()
+            self._written = written
 
     def _batches(self, jobs: Sequence[Job], known: Mapping[int, Any]) -> Iterator[list[int]]:
         """Members in batches of similar length, which pads least; the largest first, so that memory fails early."""
@@ -246,7 +262,7 @@ class HFBackend:
         try:
             decoded = decode(self.model, [jobs[i] for i in batch], self._vocabulary, states, keep)
         except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
+            if len(batch) == 1 and not self.prefixes:
                 return {batch[0]: failed(BackendError(f"{self.spec}: out of memory on one request: {error}"))}
             half = len(batch) // 2
         except (RuntimeError, IndexError) as error:
@@ -256,10 +272,16 @@ class HFBackend:
         else:
             for i, row in zip(batch, decoded, strict=True):
                 if self.prefixes is not None and row.states is not None:
-                    self.prefixes.keep(adapter or "", (*jobs[i].prompt, *row.token_ids[:-1]), row.states)
+                    self.prefixes.keep(self._owner(adapter), (*jobs[i].prompt, *row.token_ids[:-1]), row.states)
             return {i: self._generation(jobs[i], row, known[i]) for i, row in zip(batch, decoded, strict=True)}
-        # Outside the handler, whose traceback would keep the failed batch's tensors alive.
+        # Outside the handler, whose traceback would keep the failed batch's tensors alive. What is kept has to go first.
+        if self.prefixes is not None and len(self.prefixes):
+            self.prefixes.clear()
+            states, half = [], len(batch)
+            known = dict.fromkeys(batch)
         torch.cuda.empty_cache()
+        if half == len(batch):
+            return self._run(jobs, batch, known, adapter)
         return {
             **self._run(jobs, batch[:half], known, adapter),
             **self._run(jobs, batch[half:], known, adapter),
@@ -315,9 +337,12 @@ def _free_bytes(device: Any) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # a system that does not tell
-        return 4 * 2**30
+        free = 16 * 2**30
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    text = limit.read_text("ascii").strip() if limit.is_file() else "max"
+    return min(free, 16 * 2**30, int(text) if text.isdigit() else free)
 
 
 def hash_folder(folder: str | Path) -> str:

@@ -47,6 +47,8 @@ _LONGEST_PAUSE = 30.0
 # The HTTP library is the client's to choose: httpx, of late httpx2.
 _RESPONSE: Any = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]).Response
 _CONNECT_TIMEOUT = 10.0
+# What the client takes from the environment for OpenAI is nobody else's business.
+_NOT_SENT: Any = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
 
 
 class OpenAIBackend:
@@ -234,7 +236,13 @@ class _Session:
         limits = openai.Timeout(timeout, connect=min(_CONNECT_TIMEOUT, timeout))
         # httpx's pool looks at every connection for each request, which at 256 at a time costs more than the rest of a call.
         first = openai.AsyncOpenAI(
-            api_key=key, base_url=urls[0], max_retries=0, timeout=limits, http_client=openai.DefaultAioHttpClient(timeout=limits)
+            api_key=key,
+            base_url=urls[0],
+            max_retries=0,
+            timeout=limits,
+            default_headers={} if all(map(_is_openai, urls)) else _NOT_SENT,
+            # A redirect would carry the prompt to a server that nobody named.
+            http_client=openai.DefaultAioHttpClient(timeout=limits, follow_redirects=False),
         )
         self.loop = loop
         self.clients = [first, *(first.copy(base_url=url) for url in urls[1:])]  # they share one pool of connections
@@ -244,7 +252,12 @@ class _Session:
     async def send(self, url: int, call: wire.Call) -> Generation:
         # Not `completions.create`, which checks the body against its types: half of a call's time, and `wire` has typed it.
         path = "/chat/completions" if call.chat else "/completions"
-        answer = await self.clients[url].post(path, cast_to=_RESPONSE, body={**call.body, **call.extra})
+        try:
+            answer = await self.clients[url].post(path, cast_to=_RESPONSE, body={**call.body, **call.extra})
+        except (openai.OpenAIError, UnicodeEncodeError):
+            raise
+        except Exception as error:  # what the HTTP library makes of an answer that is no HTTP
+            raise wire.MalformedAnswerError(f"an answer that cannot be read ({type(error).__name__}: {error})") from None
         return wire.read(answer.content, call)
 
     async def aclose(self) -> None:

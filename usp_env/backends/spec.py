@@ -198,7 +198,13 @@ def _model(name: str, text: str) -> str:
 
 
 def _is_url(text: str) -> bool:
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018 - raises where it is no port
+    except ValueError:
+        return False
+    if not all("!" <= char <= "~" for char in text):
+        return False
     return parts.scheme in ("http", "https") and bool(parts.netloc) and "@" not in parts.netloc
 
 

@@ -213,7 +213,8 @@ class VLLMBackend:
             self.version += 1
             try:
                 engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-                engine.reset_prefix_cache()
+                if not engine.reset_prefix_cache():
+                    raise RuntimeError("vLLM did not drop its kept keys and values")
             except Exception as error:
                 raise BackendError(
                     f"{self.spec}: the new weights could not be loaded ({error}); make the backend anew"

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from usp_env.backends.base import FinishReason, Generation, Request
+from usp_env.dialogue import OPENER
 from usp_env.errors import SpecError
 from usp_env.rendering import Renderer
 
@@ -135,13 +136,16 @@ def completion_call(request: Request, model: str, renderer: Renderer | None) -> 
 def affinity(request: Request) -> int:
     """A hash that the turns of one conversation share, so that they meet the same server's prefix cache.
 
-    It is taken over the first two messages (a system message may be everybody's, the first utterance is not) or the
-    first 128 ids; a conversation's opening, which has less than that, may go elsewhere.
+    It is taken over the first two messages (a system message may be everybody's, the first utterance is not; the shim that
+    opens a flipped conversation is everybody's too) or the first 128 ids. A conversation's opening, which has less than that,
+    goes by its seed.
     """
     if request.token_ids is not None:
         head: Any = list(request.token_ids[:_AFFINITY_IDS])
     else:
-        head = [[message["role"], message["content"]] for message in (request.messages or ())[:2]]
+        messages = request.messages or ()
+        said = [m for m in messages if m["role"] != "system" and m["content"] != OPENER]
+        head = [[m["role"], m["content"]] for m in [*messages[:1], *said[:1]]] if said else request.seed
     return int.from_bytes(hashlib.sha256(json.dumps(head).encode()).digest()[:8], "big")
 
 
@@ -207,8 +211,12 @@ def _usage(reported: Any) -> dict[str, int]:
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
     counts = {key: usage.get(key) for key in ("prompt_tokens", "completion_tokens")}
-    known = {key: value if type(value) is int else 0 for key, value in counts.items()}
-    return known | ({"cached_tokens": cached} if type(cached) is int else {})
+    known = {key: value if _is_count(value) else 0 for key, value in counts.items()}
+    return known | ({"cached_tokens": cached} if _is_count(cached) else {})
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 10**12
 
 
 def is_context_limit(status: int, code: str | None, message: str) -> bool:
@@ -231,7 +239,7 @@ def retry_after(headers: Mapping[str, str]) -> float:
             return float(value) * unit
     try:
         return max(0.0, email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 

@@ -120,8 +120,8 @@ def novelty_pool(
         >>> pool.pairs.tolist(), pool.similarity.tolist()
         ([[0, 1], [1, 0]], [0.0, 0.0])
     """
-    if size < 1 or (max_per_parent is not None and max_per_parent < 1):
-        raise SpecError(f"expected size and max_per_parent of at least 1, got {size} and {max_per_parent}")
+    if not _is_positive(size) or (max_per_parent is not None and not _is_positive(max_per_parent)):
+        raise SpecError(f"expected whole numbers of at least 1 for size and max_per_parent, got {size} and {max_per_parent}")
     objective, bank_objective = _embeddings("objective", objective, bank_objective)
     subjective, bank_subjective = _embeddings("subjective", subjective, bank_subjective)
     bank_size = len(bank_objective)
@@ -166,6 +166,8 @@ def build_pool(
         SpecError: Fewer than `size` pairs, or the embedder returns something else than (n, d) finite numbers.
         MissingAssetError: The sampler's embedder has not been fetched.
     """
+    if not _is_positive(n):
+        raise SpecError(f"expected a whole number of at least 1 for n, got {n!r}")
     bank = sampler.bank
     places = {profile.id: k for k, profile in enumerate(bank)}
     drawn = np.unique([places[profile.id] for profile in sampler.sample(n, "density", rng)])
@@ -174,6 +176,10 @@ def build_pool(
     scs = _unit(embed([profile.subjective for profile in bank]), len(bank))
     pool = novelty_pool(ofs[drawn], scs[drawn], ofs, scs, drawn, drawn, size, max_per_parent, include_parents, device)
     return [combine(bank[int(drawn[i])], bank[int(drawn[j])]) for i, j in pool.pairs]
+
+
+def _is_positive(number: object) -> bool:
+    return isinstance(number, int | np.integer) and number >= 1
 
 
 def _unit(embeddings: Any, n: int) -> FloatArray:

@@ -139,7 +139,7 @@ def _model_user(name: str, text: str, source: Source) -> ModelSpeaker:
         adapter=parsed.options.get("adapter"),
         can_end=kind.header == "user",
         chat_template_kwargs=tuple(parsed.options.get("chat_template_kwargs", {}).items()),
-        prices=parsed.prices,
+        prices=None if verifier and judge.prices != parsed.prices else parsed.prices,  # two prices: the cost is not known
     )
 
 

@@ -10,6 +10,7 @@ begins a new line); otherwise lines are read from standard input. Whole messages
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from usp_env.dialogue import Role, View, other, visible
 from usp_env.errors import BackendError, require
 from usp_env.records import Reply
 
+_UNSENDABLE = re.compile("[\ud800-\udfff]")  # lone surrogates, which no tokenizer takes
 HELP = {
     "user": "Write what you would say to the assistant. /end ends the conversation, /quit leaves.",
     "assistant": "Write what the assistant should answer. Only the user can end the conversation; /quit leaves.",
@@ -86,7 +88,15 @@ class HumanSpeaker:
                     self._show("note", f"Not sent: {len(typed):,} characters, and a message has at most {self.max_chars:,}.")
                 case _:
                     # What a terminal cannot encode comes as lone surrogates, which no tokenizer takes.
-                    return Reply(typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+                    return Reply(_UNSENDABLE.sub("\ufffd", _spelled(typed)))
+
+
+def _spelled(typed: str) -> str:
+    """Bytes that the terminal's encoding did not take, read as UTF-8."""
+    try:
+        return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        return typed
 
 
 def terminal_reader() -> Callable[[str], str]:

@@ -52,10 +52,11 @@ def test_what_was_recorded_is_replayed_exactly(path: Path) -> None:
     recorded = CacheBackend(ScriptedBackend([RICH]), path).generate([ask("a")])
     again = ScriptedBackend([])
     assert recorded == [RICH]
-    assert CacheBackend(again, path, "record").generate([ask("a")]) == [RICH]
-    assert CacheBackend(again, path, "replay").generate([ask("a")]) == [RICH]
-    assert CacheBackend(again, path, "strict").generate([ask("a")]) == [RICH]
-    assert CacheBackend(None, path, "strict").generate([ask("a"), ask("a")]) == [RICH, RICH]
+    unpaid = replace(RICH, usage={**RICH.usage, "replayed": 1})  # nobody pays twice
+    assert CacheBackend(again, path, "record").generate([ask("a")]) == [unpaid]
+    assert CacheBackend(again, path, "replay").generate([ask("a")]) == [unpaid]
+    assert CacheBackend(again, path, "strict").generate([ask("a")]) == [unpaid]
+    assert CacheBackend(None, path, "strict").generate([ask("a"), ask("a")]) == [unpaid, unpaid]
     assert again.batches == []
 
 
@@ -296,3 +297,27 @@ def test_nothing_in_the_store_is_binary_code(path: Path) -> None:
     assert len(key) == 64
     assert json.loads(request)["messages"] == [{"role": "user", "content": "a"}]
     assert json.loads(generation)["token_ids"] == [1, 2]
+
+
+def test_weights_that_begin_to_change_are_noticed(path: Path) -> None:
+    class Trained(ScriptedBackend):
+        mutable = False
+        weights = "old"
+
+        @property
+        def identity(self) -> Mapping[str, Any]:
+            return {"weights": self.weights}
+
+    inner = Trained(lambda request: inner.weights)
+    cache = CacheBackend(inner, path)
+    assert cache.generate([ask("a")])[0].text == "old"
+    inner.weights = "new"
+    assert cache.generate([ask("a")])[0].text == "new"
+    inner.mutable = True
+    with pytest.raises(SpecError, match="weights that change"):
+        cache.generate([ask("b")])
+
+
+def test_one_payment_for_equal_requests(path: Path) -> None:
+    made = CacheBackend(ScriptedBackend(echo), path).generate([ask("a"), ask("b"), ask("a")])
+    assert [g.usage.get("replayed", 0) for g in made] == [0, 0, 1]

@@ -325,7 +325,7 @@ def test_out_of_memory_halves_the_batch(tokenizer, monkeypatch):
 
     monkeypatch.setattr(hf, "decode", small)
     assert [g.token_ids for g in backend.generate(requests)] == [g.token_ids for g in fine]
-    assert sizes == [8, 4, 2, 2, 4, 2, 2]
+    assert sizes == [8, 8, 4, 2, 2, 4, 4, 2, 2]  # what is kept goes first, then the batch is halved
 
 
 def test_training_mode_comes_back(tokenizer):

@@ -642,3 +642,67 @@ if __name__ == "__main__":
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     begin = time.perf_counter()
     print(check_faulty(run_faulty(count, 5.0), 5.0), f"in {time.perf_counter() - begin:.1f} s")  # noqa: T201
+
+
+@pytest.mark.parametrize(
+    "bytes_sent",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+        b"\x15\x03\x01\x00\x02\x02",
+    ],
+    ids=["ssh", "chunk", "tls"],
+)
+def test_what_is_no_http_is_one_calls_failure(bytes_sent: bytes) -> None:
+    async def garbage(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        writer.write(bytes_sent)
+        await writer.drain()
+        writer.close()
+
+    async def run() -> list[Generation]:
+        server = await asyncio.start_server(garbage, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        backend = OpenAIBackend("m", [f"http://127.0.0.1:{port}/v1"], max_attempts=2, backoff=0.01)
+        made = await backend.agenerate([ask("a"), ask("b")])
+        await asyncio.to_thread(backend.close)
+        server.close()
+        return made
+
+    made = asyncio.run(run())
+    assert all(isinstance(g.error, BackendError) for g in made)
+    assert all("after 2 attempt(s)" in str(g.error) for g in made)
+
+
+def test_a_redirect_is_not_followed() -> None:
+    with serve(answer) as (elsewhere, there):
+        made, server = one(lambda seen: status(307, "moved", headers={"location": f"{there}/chat/completions"}))
+        assert elsewhere.seen == []
+    assert len(server.seen) == 1
+    assert "HTTP 307" in str(made.error)
+
+
+def test_openais_own_settings_go_to_openai_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-mine")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-mine")
+    made, server = one(answer)
+    assert made.error is None
+    assert not any("mine" in value for value in server.seen[0].headers.values())
+
+
+def test_counts_that_are_none() -> None:
+    assert wire._usage({"prompt_tokens": 10**400, "completion_tokens": -5}) == {"prompt_tokens": 0, "completion_tokens": 0}
+    assert wire.retry_after({"retry-after": "Mon, 1 Jan 2020 00:00:00 +99999999999999999999"}) == 0.0
+
+
+def test_affinity_tells_conversations_apart_whatever_their_prompt() -> None:
+    from usp_env.dialogue import OPENER
+
+    def flipped(*said: str) -> Request:
+        chat = [{"role": "system", "content": "everybody's"}, {"role": "user", "content": OPENER}]
+        return Request([*chat, *({"role": "assistant", "content": text} for text in said)], seed=len(said))
+
+    assert wire.affinity(flipped("a")) != wire.affinity(flipped("b"))
+    assert wire.affinity(flipped("a")) == wire.affinity(flipped("a", "more"))
+    openings = {wire.affinity(replace(flipped(), seed=seed)) % 4 for seed in range(40)}
+    assert openings == {0, 1, 2, 3}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st  # noqa: E402
 from test_hf import tiny, tokenizer  # noqa: E402, F401 - a fixture
 
 from usp_env.backends.base import Request, Sampling  # noqa: E402
-from usp_env.backends.decoding import slices  # noqa: E402
+from usp_env.backends.decoding import keeps_states, slices  # noqa: E402
 from usp_env.backends.hf import HFBackend  # noqa: E402
 from usp_env.backends.prefixes import BLOCK, PrefixStore  # noqa: E402
 
@@ -148,3 +148,35 @@ def test_weights_that_change_keep_nothing_but_on_request(tokenizer: object) -> N
     made = backend.generate(asked)[0]
     assert made.usage["cached_tokens"] == 0
     assert made.token_ids == HFBackend(model, tokenizer, prefix_gib=0.0).generate(asked)[0].token_ids
+
+
+@pytest.mark.parametrize(("rope", "keeps"), [(None, True), ("longrope", False), ("dynamic", False)])
+def test_angles_that_depend_on_the_length_keep_nothing(rope, keeps) -> None:
+    model = tiny()
+    if rope:
+        model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": rope}
+    assert keeps_states(model) is keeps
+    if rope:  # as models write it whose layers differ
+        model.config.rope_parameters = {"full_attention": {"rope_type": rope}, "sliding_attention": {"rope_type": "default"}}
+        assert keeps_states(model) is keeps
+
+
+def test_another_active_adapter_and_written_weights_find_nothing(tokenizer) -> None:  # noqa: F811
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny(), config, adapter_name="one")
+    model.add_adapter("two", config)
+    backend = HFBackend(model, tokenizer, prefix_gib=0.01)
+    request = Request([{"role": "user", "content": "tea " * 30}], sampling=Sampling(max_tokens=4))
+
+    def cached() -> int:
+        return backend.generate([request])[0].usage["cached_tokens"]
+
+    assert cached() == 0
+    assert cached() > 0
+    model.set_adapter("two")
+    assert cached() == 0
+    assert cached() > 0
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    assert cached() == 0

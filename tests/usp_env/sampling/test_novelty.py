@@ -175,8 +175,8 @@ def test_wrong_cosines_are_refused(A, B, exclude, message):
         ({"objective": np.full((2, 4), np.nan)}, "norm 1, got norms from nan"),
         ({"objective_parents": np.array([0])}, "of 2 parents, got int64"),
         ({"subjective_parents": np.array([0, 4])}, "a bank of 4 profiles, got 0 to 4"),
-        ({"size": 0}, "at least 1, got 0 and 25"),
-        ({"max_per_parent": 0}, "at least 1, got 2 and 0"),
+        ({"size": 0}, "at least 1 for size and max_per_parent, got 0 and 25"),
+        ({"max_per_parent": 0}, "at least 1 for size and max_per_parent, got 2 and 0"),
         ({"device": "abacus"}, "a torch device of this machine, got device='abacus'"),
     ],
 )
