@@ -205,6 +205,10 @@ def save(model: Any, args: argparse.Namespace) -> None:
             if "lora_" in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(args.out / "final", safe_serialization=True)
+    file = args.out / "final" / "adapter_config.json"
+    if file.is_file() and args.model in assets.ASSETS:  # not the folder of this machine's cache
+        config = json.loads(file.read_text("utf-8")) | {"base_model_name_or_path": assets.ASSETS[args.model].hub}
+        file.write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from usp_env.backends.base import FinishReason, Generation, Request
 from usp_env.dialogue import OPENER
@@ -215,7 +215,7 @@ def _usage(reported: Any) -> dict[str, int]:
     return known | ({"cached_tokens": cached} if _is_count(cached) else {})
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 10**12
 
 

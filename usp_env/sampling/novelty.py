@@ -179,7 +179,7 @@ def build_pool(
 
 
 def _is_positive(number: object) -> bool:
-    return isinstance(number, int | np.integer) and number >= 1
+    return isinstance(number, int | np.integer) and bool(number >= 1)
 
 
 def _unit(embeddings: Any, n: int) -> FloatArray:

@@ -2,7 +2,7 @@
 
 | spec                          | what                                                                                 |
 |-------------------------------|--------------------------------------------------------------------------------------|
-| `usp-mini`                    | the packaged USP user; until trained weights ship, SmolLM2-135M under USP's template |
+| `usp-mini`, `usp-mini-sft`    | the packaged USP user: SmolLM2-135M after conditional SFT                            |
 | `usp:<model>`                 | any model under USP's template (profile in the system message, user header)          |
 | `plato-mini`, `plato:<model>` | PlatoLM: the same without a profile; `plato-mini` is SmolLM2-135M until weights ship |
 | `userlm:<model>`              | UserLM: the objective facts are its intent; may stand behind guardrails              |
@@ -70,7 +70,7 @@ def _human(rest: str) -> HumanSpeaker:
     return HumanSpeaker("user")
 
 
-ALIASES = {"usp-mini": "usp:smollm2-135m", "plato-mini": "plato:smollm2-135m"}
+ALIASES = {"usp-mini": "usp:usp-mini-sft", "usp-mini-sft": "usp:usp-mini-sft", "plato-mini": "plato:smollm2-135m"}
 KINDS = {
     "usp": Kind(usp.render, usp.SAMPLING, "user"),
     "plato": Kind(plato.render, plato.SAMPLING, "user"),

@@ -83,7 +83,7 @@ def run_faulty(n: int, deadline: float, share: float = 0.2, concurrency: int = 6
     return [Outcome(*result, attempts[f"question {i}"]) for i, result in enumerate(results)]
 
 
-def check_faulty(outcomes: list[Outcome], deadline: float, share: float = 0.2, slack: float = 0.5) -> dict[str, float]:
+def check_faulty(outcomes: list[Outcome], deadline: float, share: float = 0.2, slack: float = 1.5) -> dict[str, float]:
     kinds: dict[str, int] = defaultdict(int)
     for i, outcome in enumerate(outcomes):
         made, faults = outcome.generation, [fault(seen, share) for seen in outcome.attempts]

