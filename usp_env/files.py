@@ -15,11 +15,16 @@ def read_text(path: str | Path, error: type[UspError]) -> str:
         path: An existing file.
         error: Raised where the file is not UTF-8.
     """
+    return decode(Path(path).read_bytes(), path, error)
+
+
+def decode(data: bytes, path: str | Path, error: type[UspError]) -> str:
+    """The text of bytes that were read from `path`; see `read_text`."""
     try:
-        return Path(path).read_text("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         raise error(
-            f"{path}: expected UTF-8 text, got byte 0x{cause.object[cause.start]:02x} at {cause.start}: save the file as UTF-8"
+            f"{path}: expected UTF-8 text, got byte 0x{data[cause.start]:02x} at {cause.start}: save the file as UTF-8"
         ) from cause
 
 

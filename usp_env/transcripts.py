@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from usp_env.dialogue import Dialogue
 from usp_env.episode import Episode
 from usp_env.errors import RunDirectoryError, TranscriptError
-from usp_env.files import locked, read_text
+from usp_env.files import decode, locked
 from usp_env.ledger import FILE as LEDGER
 from usp_env.ledger import Ledger
 
@@ -172,14 +172,15 @@ def read_transcripts(path: str | Path, torn: str = "raise") -> list[Transcript]:
     file = file / FILE if file.is_dir() else file
     if not file.is_file():
         raise TranscriptError(f"expected a run directory or a transcripts file, found neither at {str(path)!r}")
-    lines = read_text(file, TranscriptError).split("\n")
-    if lines[-1]:  # every whole line ends in a newline
-        if torn == "raise":
-            raise TranscriptError(
-                f"{file}, line {len(lines)}: cut off ({lines[-1][:60]!r} …); the run was interrupted: resume it with --resume, "
-                "or delete that line"
-            )
-    read = [parse_transcript(line, file, number) for number, line in enumerate(lines[:-1], 1) if line.strip()]
+    # A crash may cut a line off within a character, so bytes are split and whole lines decoded.
+    whole, newline, rest = file.read_bytes().rpartition(b"\n")
+    lines = decode(whole, file, TranscriptError).split("\n") if newline else []
+    if rest and torn == "raise":
+        raise TranscriptError(
+            f"{file}, line {len(lines) + 1}: cut off ({rest[:60].decode('utf-8', 'replace')!r} …); the run was interrupted: "
+            "resume it with --resume, or delete that line"
+        )
+    read = [parse_transcript(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
     last = {_identity(transcript): number for number, transcript in enumerate(read)}
     good = {_identity(transcript) for transcript in read if transcript.outcome != "infra_failure"}
     failed = {number for key, number in last.items() if key not in good}

@@ -177,6 +177,10 @@ def test_a_torn_last_line(sampler: object, tmp_path: object) -> None:
     assert len(read_transcripts(tmp_path / "run", torn="skip")) == 2
     assert len(RunDirectory(tmp_path / "run", {}, resume=True).finished) == 2
     assert len(read_transcripts(tmp_path / "run")) == 2
+    file.write_bytes(file.read_bytes() + '{"profile": "🐍'.encode()[:-2])  # cut off within a character
+    with pytest.raises(TranscriptError, match="line 3: cut off"):
+        read_transcripts(tmp_path / "run")
+    assert len(read_transcripts(tmp_path / "run", torn="skip")) == 2
 
 
 @pytest.mark.parametrize(
