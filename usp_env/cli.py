@@ -172,13 +172,19 @@ def build_parser() -> Parser:
 
 def _extract_options(extract: argparse.ArgumentParser) -> None:
     extract.add_argument("source", help="sharegpt, a file (.json, .jsonl, .gz, .parquet), or a data set of the hub")
-    extract.add_argument("--model", required=True, help="spec of the extractor, e.g. openai:NAME@URL?price_in=2.5&price_out=10")
+    reader = extract.add_mutually_exclusive_group(required=True)
+    reader.add_argument("--model", help="spec of the extractor's model, e.g. openai:NAME@URL?price_in=2.5&price_out=10")
+    reader.add_argument(
+        "--generator", help="a profile generator instead, e.g. profile-generator: offline, prose alone, marked silver"
+    )
     extract.add_argument("--out", required=True, help="bank file (JSONL)")
     extract.add_argument("--format", default="auto", help="layout of the source")
     extract.add_argument("--split", help="of the source (default: all of a file, train of the hub)")
     extract.add_argument("--limit", type=positive, metavar="N", help="the first N conversations")
+    extract.add_argument("--ids", metavar="FILE", help="only these conversations: a JSON list of ids")
     extract.add_argument("--splits", default="0.9,0.05,0.05", metavar="TRAIN,VAL,TEST", help="shares, grouped by user_id")
     extract.add_argument("--pii", choices=("drop", "mask", "keep"), default="mask", help="conversations with private data")
+    extract.add_argument("--no-text", dest="text", action="store_false", help="leave the conversations out of the bank")
     extract.add_argument("--retries", type=natural, default=2, help="most repetitions of a call whose answer is malformed")
     extract.add_argument("--context", type=natural, default=200, help="characters shown of an assistant's turn; 0 for none")
     extract.add_argument("--batch", type=positive, default=32, help="conversations at a time")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from usp_env import backends
+from usp_env import backends, commands_profiles
 from usp_env.backends.base import Backend
-from usp_env.backends.spec import ModelSpec, parse
+from usp_env.backends.spec import ModelSpec
 from usp_env.chat import chat
+from usp_env.console import say
 from usp_env.driver import Conductor
 from usp_env.episode import Episode
 from usp_env.errors import SpecError, UnknownNameError, UspError, require
 from usp_env.profiles import Profile, ProfileBank
-from usp_env.records import Reply, RewardTerms
+from usp_env.records import RewardTerms
 from usp_env.transcripts import RUN, RunDirectory, Transcript, check_free, read_config, read_transcripts, transcribe
 
 PLAY: Mapping[str, Any] = {
@@ -43,19 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
         "chat": chat,
         "show": show,
         "score": score,
-        "profiles_extract": profiles_extract,
-        "profiles_show": profiles_show,
-        "profiles_sample": profiles_sample,
-        "profiles_plot": profiles_plot,
+        "profiles_extract": commands_profiles.extract,
+        "profiles_show": commands_profiles.show,
+        "profiles_sample": commands_profiles.sample,
+        "profiles_plot": commands_profiles.plot,
         "check": check,
         "report": report,
     }
     return handlers[name](arguments)
-
-
-def say(text: str = "") -> None:
-    """One line to standard output."""
-    sys.stdout.write(text + "\n")
 
 
 # ── fetch ────────────────────────────────────────────────────────────────────────────────────────
@@ -292,91 +287,6 @@ def report(arguments: argparse.Namespace) -> int:
 
     say(str(write_report(Path(arguments.run), *([Path(arguments.out)] if arguments.out else []))))
     return 0
-
-
-# ── profiles ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def profiles_extract(arguments: argparse.Namespace) -> int:
-    """`usp-env profiles extract`."""
-    from usp_env.data.conversations import load
-    from usp_env.extraction.extractor import Extractor
-    from usp_env.extraction.run import extract_bank, parse_shares
-    from usp_env.ledger import Account
-
-    spec, account, shares = parse(arguments.model), Account(), parse_shares(arguments.splits)
-    conversations = load(arguments.source, format=arguments.format, split=arguments.split)
-    extractor = Extractor.from_spec(
-        spec,
-        retries=arguments.retries,
-        seed=arguments.seed,
-        context=arguments.context,
-        structured=not arguments.plain,
-        watch=lambda seconds, made: account.note(
-            seconds, [Reply(g.text, generation=g, error=g.error) for g in made], spec.prices
-        ),
-    )
-    options = {name: getattr(arguments, name) for name in ("pii", "batch", "limit", "resume", "overwrite", "retry_dropped")}
-    config = {"source": arguments.source, "format": arguments.format, "split": arguments.split}
-    tally = extract_bank(
-        conversations,
-        arguments.out,
-        extractor,
-        splits=shares,
-        config=config,
-        report=lambda tally: say(f"{tally}; {account}"),
-        **options,
-    )
-    for reason, count in tally.dropped.most_common(10):
-        say(f"  dropped {count}: {reason}")
-    say(f"{tally}\nthis run: {account}\nwritten: {arguments.out} (usp-env profiles show --bank {arguments.out})")
-    return 0
-
-
-def profiles_show(arguments: argparse.Namespace) -> int:
-    """`usp-env profiles show`."""
-    bank = ProfileBank.load(arguments.bank)
-    if arguments.id:
-        profile = bank.get(arguments.id)
-        say(f"{profile.id} ({profile.split or 'no split'}, {profile.source})\n\n{profile}")
-        for detail in profile.task_details:
-            say(f"  · {detail}")
-        return 0
-    for split in sorted({profile.split or "none" for profile in bank}):
-        say(f"{bank.name}: {sum((profile.split or 'none') == split for profile in bank):6} profiles in {split}")
-    say(f"e.g. usp-env profiles show {bank[0].id}")
-    return 0
-
-
-def profiles_sample(arguments: argparse.Namespace) -> int:
-    """`usp-env profiles sample`."""
-    sampler, drawn = _drawn(arguments)
-    if arguments.out:
-        if Path(arguments.out).exists():
-            raise SpecError(f"--out {arguments.out}: the file exists; name another")
-        ProfileBank(list({p.id: p for p in drawn}.values()), Path(arguments.out).stem).save(arguments.out)
-    for profile in drawn:
-        say(f"── {profile.id}\n{profile}\n")
-    return 0
-
-
-def profiles_plot(arguments: argparse.Namespace) -> int:
-    """`usp-env profiles plot`."""
-    from usp_env.sampling.diagnostics import plot
-
-    sampler, drawn = _drawn(arguments)
-    out = arguments.out or "profiles.png"
-    plot(sampler, {arguments.population: drawn}, out)
-    say(out)
-    return 0
-
-
-def _drawn(arguments: argparse.Namespace) -> tuple[Any, list[Profile]]:
-    from usp_env.sampling import load_sampler
-
-    sampler = load_sampler(arguments.bank, None if arguments.split == "all" else arguments.split)
-    draws = sampler.draw(arguments.n, arguments.population, np.random.default_rng(arguments.seed))
-    return sampler, [draw.profile for draw in draws]
 
 
 # ── check ────────────────────────────────────────────────────────────────────────────────────────

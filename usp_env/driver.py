@@ -137,9 +137,14 @@ class Conductor:
         return info
 
     def provenance(self, *speakers: Partner) -> dict[str, Any]:
-        """What decides the outcome besides the configuration: digests of bank, sampler and models."""
+        """What decides the outcome besides the configuration: digests of bank, sampler, models and scorers."""
         models = {s.spec: dict(s.backend.identity) for s in (self.partner, *speakers) if isinstance(s, ModelSpeaker)}
-        return {"bank": bank_digest(self.sampler.bank), "sampler": getattr(self.sampler, "digest", None), "models": models}
+        return {
+            "bank": bank_digest(self.sampler.bank),
+            "sampler": getattr(self.sampler, "digest", None),
+            "models": models,
+            "reward": self.reward.identity if self.reward else {},
+        }
 
     def _draw(self, rng: np.random.Generator, options: Mapping[str, Any]) -> Draw:
         given = [name for name in ("population", "profile", "profile_id", "user_id") if options.get(name) is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,8 @@ def test_near_misses_change_one_detail_that_the_person_did_not_say() -> None:
     assert made["order"] == "You finally ask for 3 views in Django from Canada."
     assert "Canada" not in made["place"]
     assert " 3 " not in made["number"]
+    (many,) = near_misses("You count 8,000,000,000 people.", "", [], vectors, np.random.default_rng(0))  # and not for an hour
+    assert abs(int(re.search(r"\d+", many.text)[0]) - 8_000_000_000) <= 100
 
 
 def _talk(*turns: str) -> Dialogue:

@@ -22,6 +22,7 @@ from usp_env.env import DialogueEnv, make_conductor
 from usp_env.errors import BackendError, RunDirectoryError, SpecError, TranscriptError, UspError
 from usp_env.records import EpisodeSpec, Reply
 from usp_env.replay import go_on, replay
+from usp_env.rewards.base import make_reward
 from usp_env.rollout import plan, roll
 from usp_env.transcripts import RunDirectory, read_transcripts, transcribe
 from usp_env.wrappers import LastUtterance, RecordTranscripts
@@ -127,6 +128,13 @@ def test_going_on_from_a_turn(sampler: object) -> None:
         go_on(transcript, 5, stage.rules)
 
 
+class Scored:
+    name, when, identity = "scored", "end", {"weights": "v7"}
+
+    def __call__(self, profiles: object, dialogues: object) -> list[object]:
+        raise AssertionError("not asked")
+
+
 def test_run_directory_round_trip(sampler: object, tmp_path: object) -> None:
     stage = conductor(sampler)
     stage.record = RunDirectory(tmp_path / "run", {"seed": 1})
@@ -136,7 +144,9 @@ def test_run_directory_round_trip(sampler: object, tmp_path: object) -> None:
     assert read == [type(read[0])(**json.loads(json.dumps(transcribe(e, models).to_json()))) for e in episodes]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["config"] == {"seed": 1}
-    assert set(stage.provenance()) == {"bank", "sampler", "models"}
+    assert set(stage.provenance()) == {"bank", "sampler", "models", "reward"}
+    stage.reward = make_reward(Scored(), "assistant")
+    assert stage.provenance()["reward"] == {"scored": {"weights": "v7"}}
     assert "numpy" in run["versions"]
 
 

@@ -40,13 +40,14 @@ class Outcome:
 
     Args:
         id: The conversation's.
-        attributes: What was inferred; None unless it was kept.
-        objective: First paragraph.
+        attributes: What was inferred; None unless it was kept, and for a generator, which writes prose alone.
+        objective: First paragraph; empty unless it was kept.
         subjective: Second paragraph.
         reason: Why it was dropped, or what failed.
         failed: Calls failed; the conversation is worth another try.
         retried: Calls that were made again.
         foreign: Attributes that were removed because their evidence quotes the assistant.
+        silver: The profile generator that wrote it; empty for an extractor's.
     """
 
     id: str
@@ -57,11 +58,12 @@ class Outcome:
     failed: bool = False
     retried: int = 0
     foreign: int = 0
+    silver: str = ""
 
     @property
     def kept(self) -> bool:
         """Whether there is a profile."""
-        return self.attributes is not None
+        return bool(self.objective)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,10 @@ USER_PROMPT = (
 SAMPLING = Sampling(temperature=0.0, max_tokens=320)
 CONTEXT = 4096
 """Most tokens of prompt and output: what the released generator was trained on."""
+PACKAGED_CONTEXT = 448 + SAMPLING.max_tokens
+"""The same of the packaged generator: its training's longest prompt, and its output."""
 MIN_CHARS = 64
-_TEMPLATE_TOKENS = 32  # role headers and end-of-turn tokens around the two messages
+TEMPLATE_TOKENS = 32  # role headers and end-of-turn tokens around the two messages
 _BYTES_PER_TOKEN = 3  # where nobody can count: English has 4, code and other scripts fewer
 
 
@@ -161,8 +163,14 @@ class ProfileGenerator:
             "context": self.context,
         }
 
-    def generate(self, dialogues: Sequence[Dialogue]) -> list[ProfileTexts | BackendError | None]:
+    def generate(
+        self, dialogues: Sequence[Dialogue], watch: Callable[[Sequence[Generation]], object] | None = None
+    ) -> list[ProfileTexts | BackendError | None]:
         """One profile per dialogue, in one engine call.
+
+        Args:
+            dialogues: Any number.
+            watch: Told what the engine gave.
 
         Returns:
             For each dialogue its profile; None where the person said nothing, or the model wrote no two paragraphs; the
@@ -173,6 +181,8 @@ class ProfileGenerator:
         """
         asked = [i for i, dialogue in enumerate(dialogues) if dialogue.turns]
         made = self.backend.generate([self.request(dialogues[i]) for i in asked]) if asked else []
+        if watch is not None:
+            watch(made)
         results: list[ProfileTexts | BackendError | None] = [None] * len(dialogues)
         for i, generation in zip(asked, made, strict=True):
             results[i] = self._read(generation)
@@ -182,7 +192,7 @@ class ProfileGenerator:
         """What the engine is asked for one dialogue."""
         limit = min(self.context, int(getattr(self.backend, "max_model_len", None) or self.context))
         count = getattr(self.backend, "count_tokens", None) or _estimate
-        turns = fit_turns(dialogue.utterances("user"), limit - self.sampling.max_tokens - _TEMPLATE_TOKENS, count)
+        turns = fit_turns(dialogue.utterances("user"), limit - self.sampling.max_tokens - TEMPLATE_TOKENS, count)
         return Request(
             messages=profile_messages(turns),
             sampling=self.sampling,
@@ -226,7 +236,7 @@ def load_generator(spec: str = PACKAGED, source: Callable[[ModelSpec], Backend] 
     return ProfileGenerator(
         source(parsed),
         parsed.sampling(SAMPLING),
-        parsed.options.get("max_model_len", CONTEXT),
+        parsed.options.get("max_model_len", PACKAGED_CONTEXT if parsed.model == PACKAGED else CONTEXT),
         parsed.options.get("adapter"),
         tuple(parsed.options.get("chat_template_kwargs", {}).items()),
     )

@@ -17,16 +17,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 from usp_env.data.conversations import Conversation
 from usp_env.dialogue import Dialogue
 from usp_env.errors import BackendError, SpecError
 from usp_env.extraction import pii as private
-from usp_env.extraction.extractor import Extractor, Outcome
+from usp_env.extraction.extractor import Outcome
 from usp_env.extraction.pii import Pii
 from usp_env.extraction.store import BankFiles, opened
 from usp_env.profiles import SPLITS, reserved_ids
+
+
+class Source(Protocol):
+    """Reads profiles out of conversations: `extractor.Extractor`, or `distilled.Distilled`."""
+
+    def config(self) -> dict[str, Any]:
+        """What decides the profiles, for a run's record."""
+        ...
+
+    def extract(self, conversations: Sequence[Conversation]) -> list[Outcome]:
+        """One outcome per conversation, in order."""
+        ...
+
 
 BATCH = 32
 SHARES = (0.9, 0.05, 0.05)
@@ -106,10 +119,11 @@ def parse_shares(text: str) -> tuple[float, ...]:
 def extract_bank(
     conversations: Iterable[Conversation],
     out: str | Path,
-    extractor: Extractor,
+    extractor: Source,
     *,
     splits: Sequence[float] = SHARES,
     pii: Pii = "mask",
+    text: bool = True,
     batch: int = BATCH,
     limit: int | None = None,
     resume: bool = False,
@@ -126,6 +140,7 @@ def extract_bank(
         extractor: Makes the calls.
         splits: Shares of train, val and test, by person.
         pii: Conversations with private data: `"drop"`, `"mask"` (before any call) or `"keep"`.
+        text: Whether the bank holds the conversations beside the profiles.
         batch: Conversations whose calls are made together; a crash costs at most these.
         limit: Look at the first so many conversations only.
         resume: Go on with the bank that is there.
@@ -145,12 +160,12 @@ def extract_bank(
     if retry_dropped and not resume:
         raise SpecError("retry_dropped goes on with a bank that is there: set resume too")
     shares = check_shares(splits)
-    settings = {**extractor.config(), "splits": list(shares), "pii": pii, **(config or {})}
+    settings = {**extractor.config(), "splits": list(shares), "pii": pii, "text": text, **(config or {})}
     tally = Tally()
     with opened(Path(out), settings, resume, overwrite, retry_dropped) as files:
         todo = _todo(islice(conversations, limit), files.done, tally)
         while chunk := list(islice(todo, batch)):
-            _do(chunk, files, extractor, shares, pii, tally)
+            _do(chunk, files, extractor, shares, pii, text, tally)
             if report is not None:
                 report(tally)
     return tally
@@ -169,7 +184,13 @@ def _todo(conversations: Iterable[Conversation], done: set[str], tally: Tally) -
 
 
 def _do(
-    chunk: Sequence[Conversation], files: BankFiles, extractor: Extractor, shares: Sequence[float], pii: Pii, tally: Tally
+    chunk: Sequence[Conversation],
+    files: BankFiles,
+    extractor: Source,
+    shares: Sequence[float],
+    pii: Pii,
+    text: bool,
+    tally: Tally,
 ) -> None:
     """Extract one batch and write what came of it."""
     unfit = {c.id: reason for c in chunk if (reason := _unfit(c.dialogue, pii))}
@@ -182,7 +203,8 @@ def _do(
         tally.retried += outcome.retried
         tally.foreign += outcome.foreign
         if outcome.kept:
-            files.keep(_record(by_id[c.id], outcome, shares))
+            record = _record(by_id[c.id], outcome, shares)
+            files.keep(record | ({"conversation": [message.chat() for message in by_id[c.id].dialogue]} if text else {}))
             tally.kept += 1
         elif outcome.failed:
             tally.failed += 1
@@ -212,14 +234,13 @@ def _masked(c: Conversation) -> Conversation:
 
 
 def _record(c: Conversation, outcome: Outcome, shares: Sequence[float]) -> dict[str, Any]:
-    if outcome.attributes is None:
-        raise ValueError("only a kept conversation has a record")
     person = {} if c.user_id is None else {"user_id": c.user_id}
+    silver = {"silver": outcome.silver} if outcome.silver else {}
     return {
         "id": c.id,
         "split": split_of(c.user_id or c.id, shares),
         **person,
-        **outcome.attributes.to_json(),
+        **silver,
+        **(outcome.attributes.to_json() if outcome.attributes else {}),
         "profile": {"objective": outcome.objective, "subjective": outcome.subjective},
-        "conversation": [message.chat() for message in c.dialogue],
     }

@@ -138,6 +138,11 @@ class WeightedSum:
         """The expression."""
         return str(self)
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the value besides profile and dialogue: of each part by name, empty where a part does not say."""
+        return {part.name: getattr(part, "identity", {}) for _, part in self.parts}
+
     def at(self, final: bool, dense: bool = False) -> WeightedSum:
         """What a driver evaluates now: all parts at the end (or when dense), else the turn-wise ones; failures are kept."""
         due = self.parts if final or dense else tuple(p for p in self.parts if p[1].when == "turn")

@@ -20,7 +20,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
@@ -197,6 +197,11 @@ class GoalProgress:
 
     def __post_init__(self) -> None:
         self._live()  # what is missing should be told when the reward is made, not at the first step
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What decides the value besides profile and dialogue."""
+        return {"scorer": self._live().name}
 
     def __call__(self, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> list[RewardTerms | None]:
         """Φ of each dialogue so far as the term `goal`, in [0, 1]; None where the profile has no details."""

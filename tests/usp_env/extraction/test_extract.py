@@ -24,12 +24,15 @@ from extractor_server import breaks, call_of, conversation, extractor, good, say
 from faulty_server import Action, Seen, serve, status  # noqa: E402
 
 from usp_env.backends.openai import OpenAIBackend  # noqa: E402
+from usp_env.backends.scripted import ScriptedBackend  # noqa: E402
 from usp_env.cli import main  # noqa: E402
 from usp_env.data.conversations import Conversation  # noqa: E402
 from usp_env.dialogue import Dialogue  # noqa: E402
 from usp_env.errors import BackendError, ProfileFormatError, RunDirectoryError, SpecError  # noqa: E402
 from usp_env.extraction import schema  # noqa: E402
+from usp_env.extraction.distilled import Distilled  # noqa: E402
 from usp_env.extraction.extractor import Extractor  # noqa: E402
+from usp_env.extraction.generator import ProfileGenerator  # noqa: E402
 from usp_env.extraction.run import extract_bank, parse_shares, split_of  # noqa: E402
 from usp_env.profiles import ProfileBank, reserved_ids  # noqa: E402
 
@@ -350,3 +353,39 @@ def test_a_bank_of_own_conversations_goes_from_extraction_to_play(tmp_path: Path
         assert len(observation) >= 2
     assert len(met) > 1
     assert met <= set(ids(out))
+
+
+def test_a_profile_generator_writes_silver(tmp_path: Path) -> None:
+    backend = ScriptedBackend(["You trade.\n\nYou are brief.", "one paragraph", "You mend bikes.\n\nYou ramble."])
+    seen: list[int] = []
+    source = Distilled(ProfileGenerator(backend), "tiny-1", lambda seconds, made: seen.append(len(made)))
+    out = tmp_path / "silver.jsonl"
+    tally = extract_bank((conversation(i) for i in range(3)), out, source, splits=(1, 0, 0), text=False)
+    assert (tally.kept, dict(tally.dropped), seen) == (2, {"the generator wrote no two paragraphs": 1}, [3])
+    record = lines(out)[1]
+    assert (record["id"], record["split"], record["silver"]) == ("c2", "train", "tiny-1")
+    assert record["profile"] == {"objective": "You mend bikes.", "subjective": "You ramble."}
+    assert not {"objective_facts", "conversation"} & set(record)
+    assert ProfileBank.load(out)[0].objective == "You trade."
+    again = extract_bank((conversation(i) for i in range(3)), out, source, splits=(1, 0, 0), text=False, resume=True)
+    assert (again.kept, again.done) == (0, 3)
+
+
+def test_a_failed_call_of_a_profile_generator_is_done_another_time(tmp_path: Path) -> None:
+    source = Distilled(ProfileGenerator(ScriptedBackend([BackendError("gone")])), "tiny-1")
+    with pytest.raises(BackendError, match="gone"):
+        extract_bank([conversation(0)], tmp_path / "b.jsonl", source)
+    assert lines(tmp_path / "b.jsonl.dropped.jsonl") == []
+
+
+def test_only_the_conversations_of_an_ids_file(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen, out = source.parent / "ids.json", source.parent / "one.jsonl"
+    chosen.write_text('["c1"]')
+    with serve(extractor()) as (_, url):
+        command = ["profiles", "extract", str(source), "--ids", str(chosen), "--out", str(out), "--model", f"openai:m@{url}"]
+        assert main(command) == 0
+        assert ids(out) == ["c1"]
+        for wrong in ('{"c1": 1}', "c1"):
+            chosen.write_text(wrong)
+            assert main(command) == 2
+            assert "JSON list of ids" in capsys.readouterr().err
