@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from training.conversations import of_split
 from training.sft_rows import Limits, Row, clip, make_row
+from usp_env.errors import SpecError
 from usp_env.models import assets
 from usp_env.rendering import Renderer
 
@@ -111,6 +112,34 @@ def load(folder: Path, model: str) -> Any:
     return peft.PeftModel.from_pretrained(base, folder).merge_and_unload() if folder.name else base
 
 
+def ratios(losses: dict[str, Losses]) -> dict[str, dict[str, Any]]:
+    """Perplexities over others: trained over untuned, a stranger's profile over one's own, with over without a profile."""
+    trained = [name for name in losses if not name.startswith("untuned")]
+    pairs = [(name, f"untuned / {name.partition(' / ')[2]}") for name in trained]
+    pairs += [(name, name.replace("/ wrong", "/ profile")) for name in losses if name.endswith("/ wrong")]
+    pairs += [(a, b) for a in trained for b in trained if a.endswith("/ profile") and b.endswith("/ none")]
+    made = {}
+    for name, other in pairs:
+        if other in losses:
+            value = losses[name].perplexity() / losses[other].perplexity()
+            made[f"{name} : {other}"] = {"ratio": value, "ci95": interval(losses[name], losses[other])}
+    return made
+
+
+def known(file: Path | None, ids: Sequence[str]) -> dict[str, Losses]:
+    """The losses in a file that `--out` wrote.
+
+    Raises:
+        SpecError: It is of other conversations.
+    """
+    if file is None:
+        return {}
+    record = json.loads(file.read_text("utf-8"))
+    if record["ids"] != list(ids):
+        raise SpecError(f"--known {file}: expected losses of the same {len(ids)} conversations, got {len(record['ids'])} others")
+    return {name: Losses(np.array(row["nll"]), np.array(row["counts"])) for name, row in record["rows"].items()}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table; `--out` keeps it as JSON."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--split", default="val", help="test only for the figures of a released weight")
     made.add_argument("--n", type=int, help="conversations; default: all of the split")
     made.add_argument("--max-tokens", type=int, default=800)
+    made.add_argument("--known", type=Path, help="what an earlier --out holds is not measured again")
     made.add_argument("--out", type=Path)
     args = made.parse_args(argv)
     import transformers
@@ -127,20 +157,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = assets.path(args.model) if args.model in assets.ASSETS else args.model
     renderer = Renderer(transformers.AutoTokenizer.from_pretrained(where))
     rows = variants(renderer, args.split, args.bank, args.n, Limits(tokens=args.max_tokens))
-    folders = {"untuned": Path()} | {name: Path(folder) for name, _, folder in (a.partition("=") for a in args.adapter)}
-    losses = {}
+    ids = [row.id for row in rows["profile"]]
+    losses = known(args.known, ids)
+    folders = {"untuned": Path()} | {n: Path(f) for n, _, f in (a.partition("=") for a in args.adapter)}
     for name, folder in folders.items():
-        model = load(folder, args.model)
-        for variant, its in rows.items():
-            losses[f"{name} / {variant}"] = cost = measure(model, its)
-            low, high = interval(cost)
-            print(f"{name:12} {variant:8} {cost.perplexity():7.2f}  [{low:.2f}, {high:.2f}]", flush=True)
-    record = {
-        name: {"perplexity": cost.perplexity(), "ci95": interval(cost), "tokens": int(cost.tokens.sum()), "n": len(cost.nll)}
+        wanted = [variant for variant in rows if f"{name} / {variant}" not in losses]
+        model = load(folder, args.model) if wanted else None
+        for variant in wanted:
+            losses[f"{name} / {variant}"] = measure(model, rows[variant])
+            print(f"{name} / {variant}: {losses[f'{name} / {variant}'].perplexity():.2f}", flush=True)
+    table = {
+        name: {
+            "perplexity": cost.perplexity(),
+            "ci95": interval(cost),
+            "tokens": int(cost.tokens.sum()),
+            "n": len(cost.nll),
+            "nll": cost.nll.tolist(),
+            "counts": cost.tokens.tolist(),
+        }
         for name, cost in losses.items()
     }
+    compared = ratios(losses)
+    for name, row in table.items():
+        print(f"{name:28} {row['perplexity']:7.2f}  [{row['ci95'][0]:.2f}, {row['ci95'][1]:.2f}]")
+    for name, ratio in compared.items():
+        print(f"{name:52} {ratio['ratio']:.3f}  [{ratio['ci95'][0]:.3f}, {ratio['ci95'][1]:.3f}]")
     if args.out:
-        args.out.write_text(json.dumps({"split": args.split, "rows": record}, indent=1) + "\n", "utf-8")
+        record = {"split": args.split, "ids": ids, "rows": table, "ratios": compared}
+        args.out.write_text(json.dumps(record) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

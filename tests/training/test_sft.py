@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from training import perplexity, sft  # noqa: E402
 from training.sft_rows import IGNORED, Limits, clip, make_row, make_rows, system  # noqa: E402
 from usp_env.dialogue import Dialogue, Message  # noqa: E402
+from usp_env.errors import SpecError  # noqa: E402
 from usp_env.models import assets  # noqa: E402
 from usp_env.profiles import Profile  # noqa: E402
 from usp_env.rendering import Renderer  # noqa: E402
@@ -145,6 +146,43 @@ def test_intervals_and_strangers() -> None:
         wrong = perplexity.strangers(n)
         assert sorted(wrong) == list(range(n))
         assert not any(wrong == np.arange(n))
+
+
+def test_ratios_and_known_losses(tmp_path) -> None:
+    def at(perplexity_: float) -> perplexity.Losses:
+        return perplexity.Losses(np.log([perplexity_] * 3), np.ones(3))
+
+    rows = {"untuned / profile": 20, "untuned / none": 32, "usp / profile": 10, "usp / wrong": 30, "plato / none": 25}
+    found = perplexity.ratios({name: at(value) for name, value in rows.items()})
+    assert {name: round(row["ratio"], 6) for name, row in found.items()} == {
+        "usp / profile : untuned / profile": 0.5,
+        "plato / none : untuned / none": 0.78125,
+        "usp / wrong : usp / profile": 3.0,
+        "usp / profile : plato / none": 0.4,
+    }
+    file = tmp_path / "known.json"
+    file.write_text(json.dumps({"ids": ["a"], "rows": {"usp / none": {"nll": [1.5], "counts": [2.0]}}}))
+    assert perplexity.known(file, ["a"])["usp / none"].nll.tolist() == [1.5]
+    with pytest.raises(SpecError, match="others"):
+        perplexity.known(file, ["b"])
+    assert perplexity.known(None, ["a"]) == {}
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_program_prints_its_table(renderer, tmp_path, monkeypatch, capsys) -> None:
+    people = [(Profile(f"p{i}", f"You cook {i}.", "You write tersely."), TALK) for i in range(3)]
+    monkeypatch.setattr(perplexity, "of_split", lambda bank, split: people)
+    monkeypatch.setattr(perplexity, "load", lambda folder, model: tiny().eval())
+    out = tmp_path / "table.json"
+    perplexity.main(["--adapter", "usp=somewhere", "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert set(record["rows"]) == {
+        f"{name} / {variant}" for name in ("untuned", "usp") for variant in ("profile", "none", "wrong")
+    }
+    assert record["rows"]["usp / none"]["n"] == 3
+    monkeypatch.setattr(perplexity, "load", None)  # nothing is measured again
+    perplexity.main(["--adapter", "usp=somewhere", "--known", str(out)])
+    assert "usp / profile : untuned / profile" in capsys.readouterr().out
 
 
 def test_the_loss_is_the_mean_of_the_trained_tokens(renderer) -> None:
