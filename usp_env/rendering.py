@@ -23,7 +23,7 @@ from typing import Any, Literal
 from usp_env.dialogue import END, Role
 from usp_env.errors import SpecError, require
 
-RENDERER_VERSION = "1"
+RENDERER_VERSION = "2"
 """Changes whenever the same messages would give other ids; part of every cache key."""
 
 Messages = Sequence[Mapping[str, str]]
@@ -201,8 +201,9 @@ class Renderer:
         return self._text_ids(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens, untrimmed."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        """Text without special tokens and ends, untrimmed."""
+        said = [i for i in token_ids if i not in self.stop_ids]  # an end that was added as a word is no special token
+        return str(self.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _parts(
         self, messages: Messages, opens: str | None = None, kwargs: Mapping[str, Any] | None = None
@@ -315,8 +316,15 @@ def _template_parts(
         fixed.append(before if trims[-1] else before[:-1])
         rest = rest if trims[-1] else rest[1:]
     if opens == "user":
-        return fixed, trims[:-1]
+        return [*fixed[:-1], _as_left_open(fixed[-1], rest)], trims[:-1]
     return [*fixed, rest], trims
+
+
+def _as_left_open(header: str, closing: str) -> str:
+    """A user's header as far as the template itself opens one after every conversation; the line break is then the model's."""
+    start = max(closing.rfind(mark) for mark in _HEADER_STARTS)
+    bare = header.rstrip()
+    return bare if start >= 0 and bare.endswith(closing[start:]) else header
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

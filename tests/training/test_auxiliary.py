@@ -13,7 +13,7 @@ from training import auxiliary
 from training.auxiliary import auc, bootstrap, ece, macro_f1, platt, usable, youden
 from training.human_likeness import Example, prefixes, weights_of
 from training.near_misses import near_misses
-from training.style_encoder import Turns, trials
+from training.style_encoder import Turns, discriminant, partners, scatter, trials
 from usp_env.dialogue import Dialogue
 
 
@@ -90,6 +90,35 @@ def test_topic_control_picks_distant_positives_and_near_negatives() -> None:
     assert found.pairs[:2].tolist() == [[0, 2], [0, 3]]
     assert found.same.tolist() == [True, False] * 3
     assert set(found.cluster) == {"a"}
+
+
+def test_partners_under_control_and_at_random() -> None:
+    topic = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.99, 0], [0, 1]], float)
+    turns = Turns(["a0", "a1", "a2", "b0", "b1"], np.array(list("aaabb")), topic)
+    far, mine, near, anyone = partners(turns, np.random.default_rng(0))
+    assert far.tolist() == [2, 2, 0, 4, 3]
+    assert near.tolist() == [3, 3, 4, 0, 2]
+    assert (turns.author[mine] == turns.author).all()
+    assert (mine != np.arange(5)).all()
+    assert (turns.author[anyone] != turns.author).all()
+
+
+def test_scatter() -> None:
+    # differences (1, 2) and (-1, -2) of the first two rows, (0, 0) of the last: (2/3) [[1, 2], [2, 4]]
+    x = np.array([[1.0, 2.0], [0.0, 0.0], [5.0, 5.0]])
+    assert scatter(x, np.array([1, 0, 2])) == pytest.approx(np.array([[2, 4], [4, 8]]) / 3)
+
+
+def test_discriminant_weighs_what_strangers_do_not_share() -> None:
+    pytest.importorskip("scipy")
+    # ratios 3/1, 6/4 and 1/2: directions of within-norm 1 scaled by √2 and √.5; the third, under 1, is left out
+    found = discriminant(np.diag([1.0, 4.0, 2.0]), np.diag([3.0, 6.0, 1.0]), 0.0, 3)
+    assert np.abs(found) == pytest.approx(np.array([[np.sqrt(2), 0], [0, np.sqrt(0.5) / 2], [0, 0]]))
+    # shrinkage adds .5 · 2, half the mean, to 1, 3 and 2: ratios 6/2, 3.9/4 and 2.9/3; √(3 − 1) over √2
+    assert np.abs(discriminant(np.diag([1.0, 3.0, 2.0]), np.diag([6.0, 3.9, 2.9]), 0.5, 3)) == pytest.approx(
+        np.array([[1.0], [0], [0]])
+    )
+    assert discriminant(np.diag([1.0, 4.0]), np.diag([3.0, 6.0]), 0.0, 1).shape == (2, 1)
 
 
 def test_near_misses_change_one_detail_that_the_person_did_not_say() -> None:

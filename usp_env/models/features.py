@@ -184,3 +184,96 @@ def _surface(text: str) -> list[float]:
         if k is not None:
             counts[k] += 1 / n
     return [*map(float, hand), *(min(5 * c, 1.0) for c in counts)]
+
+
+_ASKS = r"(?:what|how|why|when|where|who|which|whose|is|are|was|were|do|does|did|can|could|would|will|should|has|have|am)\b"
+_BIDS = (
+    r"(?:write|make|give|create|explain|list|add|tell|show|generate|provide|describe|continue|rewrite|use|change|summari[sz]e|act|"
+    r"find|let|go|turn|convert|translate|answer|help|suggest|now|expand|include|remove|keep|try|compare|come|draft|design)\b"
+)
+HABITS = {
+    "asks first": rf"\A\W*{_ASKS}",
+    "bids first": rf"\A\W*{_BIDS}",
+    "greets first": r"\A\W*(?:hi|hello|hey|dear|good (?:morning|evening|day))\b",
+    "acknowledges first": r"\A\W*(?:next|ok(?:ay)?|great|good|thanks|thank you|yes|no|nice|perfect|cool|sure|alright)\b",
+    "joins on": r"\A\W*(?:and|but|so|or|also|then|because)\b",
+    "question unmarked": rf"\A\W*{_ASKS}[^?]*\Z",
+    "can you": r"\b(?:can|could|would|will) (?:you|u|we|i)\b",
+    "please": r"\bplease\b",
+    "please first": r"\A\W*please\b",
+    "please last": r"\bplease\W*\Z",
+    "thanks": r"\b(?:thanks?|thank you|thx|ty|appreciate)\b",
+    "sorry": r"\b(?:sorry|excuse|mind)\b",
+    "chat words": r"\b(?:pls|plz|u|ur|thx|btw|idk|lol|cuz|asap|imo|fyi)\b",
+    "interjections": r"\b(?:wanna|gonna|gotta|kinda|lemme|yeah|yep|nope|hmm+|oh|wow|cool|awesome|great|nice|perfect|good)\b",
+    "ok": r"\bok(?:ay)?\b",
+    "hedges": r"\b(?:actually|really|basically|just|maybe|perhaps|probably|still|even|also|already|instead|rather|quite)\b",
+    "i want": r"\b(?:i want|i need|i would like|i'd like|i wish|i have|i am|i'm)\b",
+    "must": r"\b(?:should|must|need to|have to|has to)\b",
+    "etc": r"\b(?:etc|e\.g|i\.e|eg|ie|vs)\b",
+    "me": r"\b(?:my|me|mine|i)\b",
+    "we": r"\b(?:we|our|us)\b",
+    "you": r"\b(?:you|your)\b",
+    "this": r"\b(?:above|below|following|previous|this|that)\b",
+    "contracted": r"\w['’](?:t|s|m|re|ve|ll|d)\b",
+    "expanded": r"\b(?:do not|does not|did not|is not|are not|can ?not|it is|that is|i am|i have|i will|you are|what is|let us|"
+    r"would not|should not)\b",
+    "British": r"\w(?:isation|ise|ised|our|ours|ising)\b",
+    "numbers as words": r"\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b",
+    "small numbers": r"\b\d\b",
+    "no vowel": r"\b[b-df-hj-np-tv-xz]{2,}\b",
+    "letter thrice": r"([a-z])\1\1",
+    "long words": r"\b\w{9,}",
+    "short words": r"\b\w{1,3}\b",
+    "small i": r"(?-i:\bi\b)",
+    "capital I": r"(?-i:\bI\b)",
+    "small sentence": r"(?-i:(?:[.!?]\s+|\n\s*)[a-z])",
+    "capital sentence": r"(?-i:(?:[.!?]\s+|\n\s*)[A-Z])",
+    "capital within": r"(?-i:[a-z,] [A-Z][a-z]+)",
+    "curly quotes": "[’‘“”]",
+    "straight apostrophe": r"\w'\w",
+    "double quotes": '"',
+    "single quotes": r"(?<!\w)'|'(?!\w)",
+    "long dash": "[–—]",
+    "spaced dash": " - ",
+    "hyphen": r"\w-\w",
+    "serial comma": r"\w, and\b",
+    "comma without space": r",\w",
+    "marks doubled": r"[?!]{2,}",
+    "line without mark": r"\w[ \t]*$",
+    "line with mark": r"[.!?][ \t]*$",
+    "blank line": r"\n[ \t]*\n",
+    "tab": "\t",
+    "space at the end": r" \Z",
+    "newline at the end": r"\n\s*\Z",
+    "space at the start": r"\A\s",
+    **{mark: re.escape(mark) for mark in ";/&+=%#_<{("},
+}
+"""Regular expressions, case aside unless they say so, of what one writer does and another does not."""
+_HABITS = [re.compile(pattern, re.IGNORECASE | re.MULTILINE) for pattern in HABITS.values()]
+
+
+def habits(texts: Sequence[str]) -> FloatArray:
+    """Whether each of `HABITS` occurs, how often a word, and the shape of lines and sentences: (n, 2 · number of habits + 5).
+
+    Example:
+        >>> row = dict(zip(HABITS, habits(["can u fix it ,pls "])[0]))
+        >>> [name for name in ("can you", "chat words", "comma without space", "space at the end", "please") if row[name]]
+        ['can you', 'chat words', 'comma without space', 'space at the end']
+    """
+    return np.array([_habits(text.replace("\r\n", "\n")[:MAX_CHARS]) for text in texts]).reshape(len(texts), 2 * len(HABITS) + 5)
+
+
+def _habits(text: str) -> list[float]:
+    counts = np.array([sum(1 for _ in pattern.finditer(text)) for pattern in _HABITS], float)
+    tokens = [len(token) for token in _LETTERS.findall(text)] or [0]
+    lines = max(sum(bool(line.strip()) for line in text.split("\n")), 1)
+    sentences = [len(part.split()) for part in re.split(r"[.!?]+\s+|\n+", text) if part.strip()] or [0]
+    shape = [
+        np.log1p(lines),
+        np.log1p(len(sentences)),
+        np.log1p(len(tokens) / lines),
+        np.std(tokens) / 3,
+        np.log1p(np.std(sentences)),
+    ]
+    return [*(counts > 0).astype(float), *np.minimum(10 * counts / len(tokens), 1), *map(float, shape)]

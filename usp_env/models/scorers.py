@@ -114,7 +114,7 @@ class HumanLikeness:
 
 
 class StyleEncoder:
-    """How a text is written, as a unit vector: a projection of character n-grams, function words and habits of the hand.
+    """How a text is written, as a unit vector: a linear discriminant of habits of the hand, function words and length.
 
     Attributes:
         name: Of the weights.
@@ -125,10 +125,8 @@ class StyleEncoder:
     def __init__(self, name: str, tensors: dict[str, Array], meta: dict[str, Any]) -> None:
         self.name, self.meta = name, meta
         self.threshold = float(meta["threshold"])
-        self._sparse = tensors["sparse"].astype(np.float64)
-        self._dense, self._bias = tensors["dense"].astype(np.float64), tensors["bias"].astype(np.float64)
-        self._mean, self._scale = tensors["mean"].astype(np.float64), tensors["scale"].astype(np.float64)
-        self.dim = int(self._sparse.shape[1])
+        self._mean, self._scale, self._projection = (tensors[key].astype(np.float64) for key in ("mean", "scale", "projection"))
+        self.dim = int(self._projection.shape[1])
 
     def __call__(self, texts: Sequence[str]) -> Array:
         """Embed `n` texts: (n, dim) float32, rows of norm 1; their dot product is the style similarity."""
@@ -136,16 +134,21 @@ class StyleEncoder:
             raise SpecError(f"expected a list of texts, got one str {texts!r:.80}: pass [text]")
         if not texts:
             return np.zeros((0, self.dim), np.float32)
-        dense = np.clip((style_dense(texts) - self._mean) / self._scale, -5, 5)
-        out = features.hashed_chars(texts, len(self._sparse)).dot(self._sparse) + dense @ self._dense + self._bias
+        out = self.standardise(style_dense(texts), self._mean, self._scale) @ self._projection
         unit: Array = (out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)).astype(np.float32)
         return unit
 
+    @staticmethod
+    def standardise(dense: Array, mean: Array, scale: Array) -> FloatArray:
+        """Rows less their mean in units of scale, (n, f); what is rarer than five of them counts as five."""
+        rows: FloatArray = np.clip((dense - mean) / scale, -5, 5)
+        return rows
+
 
 def style_dense(texts: Sequence[str]) -> Array:
-    """The dense features of `StyleEncoder`: habits of the hand, function words and length, (n, f)."""
+    """What `StyleEncoder` reads: `features.surface` (habits, function words), length and `features.habits`, (n, f)."""
     length = np.log1p([[len(text), text.count(" ")] for text in texts])
-    return np.hstack([features.surface(texts), length])
+    return np.hstack([features.surface(texts), length, features.habits(texts)])
 
 
 class FactVerifier:

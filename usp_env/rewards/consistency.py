@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from usp_env.dialogue import Dialogue
-from usp_env.models import scorers
+from usp_env.models import hub, scorers
 from usp_env.profiles import Profile
 from usp_env.records import RewardTerms
 from usp_env.rewards.base import When
@@ -45,7 +45,8 @@ class PromptToLine:
     In the user's seat it judges the agent; in the assistant's seat, or over saved transcripts, the simulated user.
 
     Args:
-        verifier: A name (`usp_env.models.scorers.load`) or an object; None is the packaged one.
+        verifier: A name (`usp_env.models.scorers.load`), a folder or hub id of an NLI model (`usp_env.models.hub.verifier`), or
+            an object; None is the packaged one.
 
     Example:
         >>> class SharesAWord:
@@ -84,4 +85,7 @@ class PromptToLine:
 
     def _live(self) -> Verifier:
         # A verifier given by name stays a name here: environments copy and pickle their settings.
-        return scorers.load(self.verifier or VERIFIER) if isinstance(self.verifier, str | None) else self.verifier
+        if not isinstance(self.verifier, str | None):
+            return self.verifier
+        name = self.verifier or VERIFIER
+        return hub.verifier(name) if hub.names_checkpoint(name) else scorers.load(name)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from usp_env.dialogue import Dialogue
 from usp_env.errors import SpecError
-from usp_env.models import scorers
+from usp_env.models import hub, scorers
 from usp_env.profiles import Profile
 from usp_env.records import RewardTerms
 from usp_env.rewards.base import When
@@ -42,7 +42,8 @@ class HumanLikeness:
     In the user's seat it judges the agent; in the assistant's seat, or over saved transcripts, the simulated user.
 
     Args:
-        scorer: A name (`usp_env.models.scorers.load`) or an object; None is the packaged one.
+        scorer: A name (`usp_env.models.scorers.load`), a folder or hub id of a classifier (`usp_env.models.hub.detector`), or an
+            object; None is the packaged one.
 
     Example:
         >>> human = HumanLikeness(lambda texts: np.array([float(text.islower()) for text in texts]))
@@ -74,7 +75,10 @@ class HumanLikeness:
 
     def _live(self) -> TextScorer:
         # A scorer given by name stays a name here: environments copy and pickle their settings.
-        return scorers.load(self.scorer or SCORER) if isinstance(self.scorer, str | None) else self.scorer
+        if not isinstance(self.scorer, str | None):
+            return self.scorer
+        name = self.scorer or SCORER
+        return hub.detector(name) if hub.names_checkpoint(name) else scorers.load(name)
 
 
 def by_dialogue(name: str, values: npt.NDArray[np.float64], lengths: Sequence[int]) -> list[RewardTerms | None]:
