@@ -226,7 +226,7 @@ class AnswerScorer:
     Args:
         name: Of the weights.
         tensors: See `training.verifiers`.
-        meta: `raised`, the probability from which a user turn counts as making a request.
+        meta: `raised`, the probability from which a user turn counts as making a request; `gate`, see `about`.
         read: Texts to `TextState`.
     """
 
@@ -269,7 +269,23 @@ class AnswerScorer:
         x = pair_matrix(self._read, self._idf, requests, [[text] for text in texts])
         if head == "answer":
             x = np.hstack([x, answer_extras(self._read, self._idf, texts, requests)])
+            return np.round(sigmoid(self._heads[head](x)) * about(x, self.meta.get("gate")), 4)
         return sigmoid(self._heads[head](x))
+
+
+def about(x: Array, gate: Sequence[float] | None) -> FloatArray:
+    """How far each sentence is about its request at all, (n,), in [0, 1]: σ(slope · (cosine − middle)); 1 without a gate.
+
+    A network that knows answers from echoes and stock phrases trusts sentences about anything; this factor does not.
+
+    Args:
+        x: Features of the pairs (`pairs.FEATURES` first), (n, f).
+        gate: Slope and middle.
+    """
+    if gate is None:
+        return np.ones(len(x))
+    slope, middle = gate
+    return 1 / (1 + np.exp(-slope * (x[:, pairs.FEATURES.index("cos max")].astype(np.float64) - middle)))
 
 
 ANSWER_EXTRAS = (

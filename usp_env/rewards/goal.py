@@ -9,9 +9,9 @@ and a step pays Φ_t − Φ_{t−1} (Φ_0 = 0), so that an episode's return is i
 raises counts as 0. Two guards: a sentence copied from the user turns before it answers nothing, and only the first
 8 other sentences of a reply count. Both look backwards only, so Φ never falls.
 
-p comes from a named scorer. `minilm-v0` is provisional: similarity with a calibrated zero; what it cannot tell apart is in
-`usp_env/models/GOAL_SCORER.md`. The calibration is made by `training/goal_scorer.py`. `answer-v1` is trained for answers
-(`training/verifiers.py`, card `docs/models/answer_verifier.md`).
+p comes from a named scorer. `answer-v1` is trained to tell answers from echoes, keyword heaps, stock phrases and other topics
+(`training/verifiers.py`, card `docs/models/answer_verifier.md`). `minilm-v0` is similarity with a calibrated zero
+(`training/goal_scorer.py`, card `usp_env/models/GOAL_SCORER.md`): it takes an echo in other words for an answer.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ MAX_SENTENCES = 8
 NGRAM = 4
 MAX_OVERLAP = 0.5
 SCORERS = ("minilm-v0", "answer-v1")
+DEFAULT = "answer-v1"
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -175,7 +176,7 @@ class GoalProgress:
     """The reward `goal` of the assistant's seat; see the module's docstring.
 
     Args:
-        scorer: A name or an object; None is `minilm-v0`.
+        scorer: A name or an object; None is `answer-v1`.
 
     Example:
         >>> class Contains:  # answers: holds the request's last word; raised: is the request
@@ -212,7 +213,7 @@ class GoalProgress:
 
     def _live(self) -> Scorer:
         # A scorer given by name stays a name here: environments copy and pickle their settings.
-        return load_scorer(self.scorer or "minilm-v0") if isinstance(self.scorer, str | None) else self.scorer
+        return load_scorer(self.scorer or DEFAULT) if isinstance(self.scorer, str | None) else self.scorer
 
 
 def details_of(profile: Profile) -> tuple[str, ...]:

@@ -318,3 +318,10 @@ def test_states_do_not_depend_on_company() -> None:
     beside = read([short, long])[0]
     assert np.allclose(alone.vector, beside.vector, atol=1e-5)
     assert alone.ids.tolist() == beside.ids.tolist()
+
+
+def test_the_gate_of_the_answer_scorer() -> None:
+    x = np.zeros((3, len(pairs.FEATURES)))
+    x[:, pairs.FEATURES.index("cos max")] = [0.3, 0.3 + np.log(3) / 12, -1]
+    np.testing.assert_allclose(scorers.about(x, (12.0, 0.3)), [0.5, 0.75, 1 / (1 + np.exp(15.6))])
+    assert scorers.about(x, None).tolist() == [1, 1, 1]

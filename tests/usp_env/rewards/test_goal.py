@@ -275,7 +275,7 @@ def test_goal_by_name(minilm: SimilarityScorer) -> None:
     terms = reward([profile] * 3, [talk(QUESTION, reply) for reply in replies.values()])
     values = dict(zip(replies, (t.value for t in terms if t is not None), strict=True))
     assert 0.25 < values["answer"] <= 0.5  # one of two details
-    assert values["unrelated"] == values["echo"] == 0.0
+    assert max(values["unrelated"], values["echo"]) < 0.05
 
 
 @pytest.mark.assets
