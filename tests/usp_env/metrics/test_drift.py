@@ -141,6 +141,7 @@ def test_the_curve_counts_who_is_still_there() -> None:
 
 @pytest.mark.assets
 def test_the_packaged_verifier_sees_a_user_that_leaves_its_profile_at_turn_six() -> None:
+    pytest.importorskip("torch")
     from usp_env.models import scorers
 
     profile = ProfileText(

@@ -174,6 +174,7 @@ def test_a_verifier_out_of_range_or_shape_is_refused() -> None:
 
 @pytest.mark.assets
 def test_the_packaged_verifier_tells_a_persons_own_profile() -> None:
+    pytest.importorskip("torch")
     from usp_env.models import scorers
 
     profiles = [
