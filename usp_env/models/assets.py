@@ -100,7 +100,7 @@ ASSETS: dict[str, Asset] = {
         ),
         _adapter(
             "usp-mini-sft",
-            "971aea4b766b4e1848e6ba48011fbb7cfb5eb91e9f2edb3c4a99e41eab3b30dd",
+            "3b3f913075a5857f82da503b9ad39b4fa2fd1491895e4bee9c984d1a70dd3429",
             "a USP user: SmolLM2-135M after conditional SFT on the packaged bank's conversations",
         ),
     )
