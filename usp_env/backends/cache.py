@@ -164,8 +164,10 @@ class CacheBackend:
     def _prepare(self) -> None:
         """Make or check the file, and remember whose record it is."""
         with self._open() as store:
+            store.execute("BEGIN")  # both reads of one moment: another process may be making the store right now
             version = store.execute("PRAGMA user_version").fetchone()[0]
             tables = store.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            store.rollback()
             if version != FORMAT and (tables or version or self.mode != "record"):
                 raise SpecError(
                     f"{self.path}: expected a store of generations in format {FORMAT}, got a database of another kind"

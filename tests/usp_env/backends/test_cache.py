@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,14 @@ for i in range(first, last):
 def writer(path: Path, name: str, first: int, last: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "error", "-c", WRITER, str(path), name, str(first), str(last)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_several_open_a_new_store_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(20):
+            fresh = tmp_path / f"{i}.sqlite"
+            stores = list(pool.map(lambda _, fresh=fresh: CacheBackend(ScriptedBackend(["a"]), fresh), range(8)))
+            assert [len(store) for store in stores] == [0] * 8
 
 
 def test_several_processes_write_one_store(path: Path) -> None:
