@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from benchmarks.page import Section
+from benchmarks.page import Section, command_line
 from usp_env.dialogue import View
 from usp_env.profiles import ProfileBank
 from usp_env.records import Reply
@@ -90,7 +90,7 @@ def section(args: argparse.Namespace) -> Section:
         "resets included. In `SameStep` the openings of new episodes are a second call of the same step."
     )
     header = ["environments", "autoreset", "ms a turn and environment", "share of ideal"]
-    return Section("What the environment costs", "python -m benchmarks.env_overhead", header, rows, text)
+    return Section("What the environment costs", command_line("env_overhead", parser(), args), header, rows, text)
 
 
 if __name__ == "__main__":

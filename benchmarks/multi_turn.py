@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.page import Section, picture
+from benchmarks.page import Section, command_line, picture
 from usp_env import backends, users
 from usp_env.backends.base import Backend, Request, Sampling
 from usp_env.backends.spec import parse
@@ -99,7 +99,7 @@ def section(args: argparse.Namespace) -> Section:
         lines = {f"history {name}": [s / args.dialogues for s in talk.seconds] for name, talk in talks.items()}
         picture(args.picture, lines, "turns", "engine seconds a dialogue")
     header = ["turns", "s a dialogue, kept", "s a dialogue, read again", "ratio"]
-    return Section("Multi-turn cost", "python -m benchmarks.multi_turn", header, rows, text, args.picture)
+    return Section("Multi-turn cost", command_line("multi_turn", parser(), args), header, rows, text, args.picture)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from benchmarks.page import Section
+from benchmarks.page import Section, command_line
 from usp_env.sampling.novelty import novelty_pool
 
 
@@ -64,7 +64,7 @@ def section(args: argparse.Namespace) -> Section:
         f"chosen. Peak memory {result['peak'] / 1e9:.2f} GB, the embeddings included. Largest error of 200 random entries "
         f"against the definition in float64: {result['error']:.0e}. {os.cpu_count()} cores."
     )
-    return Section("The novelty pool", "python -m benchmarks.novelty", ["run", "seconds"], rows, text)
+    return Section("The novelty pool", command_line("novelty", parser(), args), ["run", "seconds"], rows, text)
 
 
 def parser() -> argparse.ArgumentParser:

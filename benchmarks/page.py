@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,22 @@ class Section:
     def show(self) -> None:
         """To the terminal."""
         print(self.markdown(), flush=True)
+
+
+def command_line(name: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """What measures again as `args` say: the benchmark with the options that are not its defaults.
+
+    A Python (`--…-python`) lies elsewhere on the next machine: `PATH-TO-PYTHON` stands for it.
+    """
+    words = ["python", "-m", f"benchmarks.{name}"]
+    for dest, value in vars(args).items():
+        if value == parser.get_default(dest):
+            continue
+        if dest.endswith("_python"):
+            value = "PATH-TO-PYTHON"
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += ["--" + dest.replace("_", "-"), *map(str, values)]
+    return shlex.join(words)
 
 
 def machine() -> str:

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.page import Section
+from benchmarks.page import Section, command_line
 from usp_env.models import assets
 from usp_env.transcripts import read_transcripts
 
@@ -150,9 +150,7 @@ def section(args: argparse.Namespace) -> Section:
         "finished before is unchanged after `--resume`, and no episode is there twice."
     )
     header = ["", "exit status", "episodes", "outcomes", "seconds"]
-    return Section(
-        f"A server that dies: {args.server}", f"python -m benchmarks.real_servers --server {args.server}", header, rows, text
-    )
+    return Section(f"A server that dies: {args.server}", command_line("real_servers", parser(), args), header, rows, text)
 
 
 def parser() -> argparse.ArgumentParser:

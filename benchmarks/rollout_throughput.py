@@ -13,7 +13,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from benchmarks.page import Section
+from benchmarks.page import Section, command_line
 from usp_env import backends, users
 from usp_env.backends.base import Backend, Generation, Request
 from usp_env.backends.spec import ModelSpec
@@ -117,7 +117,7 @@ def section(args: argparse.Namespace) -> Section:
         same = sum(a == b for a, b in zip(said, again, strict=False)) / len(said)
         text += f" {same:.2%} of the messages are the same in the vector environment and in the loop."
     header = ["", "tokens", "seconds", "tokens/s", "ratio"]
-    return Section("Throughput on a real model", "python -m benchmarks.rollout_throughput", header, rows, text)
+    return Section("Throughput on a real model", command_line("rollout_throughput", parser(), args), header, rows, text)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from benchmarks.page import Section
+from benchmarks.page import Section, command_line
 from usp_env import users
 from usp_env.aio import AsyncDialogue
 from usp_env.env import DialogueEnv
@@ -283,7 +283,7 @@ def section(args: argparse.Namespace) -> Section:
         "smallest domain (mock), and its user simulator asks through litellm."
     )
     header = ["N", "environment", "steps/s", "share of ideal", "share of what the calls allow", "most calls at once"]
-    return Section("Side by side with other environments", "python -m benchmarks.side_by_side", header, rows, text)
+    return Section("Side by side with other environments", command_line("side_by_side", parser(), args), header, rows, text)
 
 
 if __name__ == "__main__":

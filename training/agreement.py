@@ -6,7 +6,8 @@
 Rows: a profile generator that reads the user's turns; the bank's `train` profile whose person's turns are nearest (mean of the
 turns' embeddings); another person of the split; and, with `--second FILE`, an independent second reading, the ceiling of every
 metric on profiles. Columns: mean cosine of the objective paragraphs and of the subjective ones, 95 % percentile bootstrap over
-people. An output that is not two paragraphs has cosine 0. `--second` adds Cohen's kappa of each Big Five trait.
+people; below a generator, how far it stands above the nearest profile, person by person. An output that is not two paragraphs
+has cosine 0. `--second` adds Cohen's kappa of each Big Five trait.
 """
 
 from __future__ import annotations
@@ -135,8 +136,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "nearest train profile": nearest(embed, args.bank, dialogues),
         "another person": [texts_of(people[k]) for k in strangers(len(people))],
     } | {spec: generated(spec, dialogues) for spec in args.generator}
-    table = {name: row(name, likeness(embed, people, read)) for name, read in readings.items()}
+    found = {name: likeness(embed, people, read) for name, read in readings.items()}
+    table = {name: row(name, cosines) for name, cosines in found.items()}
     for spec in args.generator:
+        above = Likeness(*(own - other for own, other in zip(found[spec], found["nearest train profile"], strict=True)))
+        table[f"{spec} - nearest"] = row("  above the nearest", above)
         table[spec]["two_paragraphs"] = float(np.mean([read is not None for read in readings[spec]]))
         print(f"{spec}: two paragraphs in {table[spec]['two_paragraphs']:.3f}")
     if args.second:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from usp_env.data.conversations import join, load
+from usp_env.data import conversations
 from usp_env.dialogue import Dialogue
 from usp_env.profiles import Profile, ProfileBank
 
@@ -18,5 +18,15 @@ def of_split(bank: str, split: str) -> tuple[tuple[Profile, Dialogue], ...]:
         split: `train`, `val` or `test`.
     """
     people = ProfileBank.load(bank, split)
-    found = join(people, load(bank, ids={profile.id for profile in people}))
+    found = conversations.join(people, conversations.load(bank, ids={profile.id for profile in people}))
     return tuple(sorted(found, key=lambda pair: pair[0].id))
+
+
+@cache
+def continued(bank: str) -> frozenset[str]:
+    """Ids of the bank's conversations that go on in a later segment, so that nobody ended them.
+
+    Args:
+        bank: As in `of_split`. Of a JSONL bank only the segments that it holds are known.
+    """
+    return conversations.continued(bank)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,15 +101,15 @@ def variants(renderer: Renderer, split: str, bank: str, n: int | None, limits: L
     return made
 
 
-def load(folder: Path, model: str) -> Any:
-    """A trained adapter over the base; merged, since that is faster on a CPU."""
+def load(folder: Path | None, model: str) -> Any:
+    """The base, or a trained adapter over it; merged, since that is faster on a CPU."""
     import peft
     import torch
     import transformers
 
     where = assets.path(model) if model in assets.ASSETS else model
     base = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
-    return peft.PeftModel.from_pretrained(base, folder).merge_and_unload() if folder.name else base
+    return peft.PeftModel.from_pretrained(base, folder).merge_and_unload() if folder else base
 
 
 def ratios(losses: dict[str, Losses]) -> dict[str, dict[str, Any]]:
@@ -126,18 +126,42 @@ def ratios(losses: dict[str, Losses]) -> dict[str, dict[str, Any]]:
     return made
 
 
-def known(file: Path | None, ids: Sequence[str]) -> dict[str, Losses]:
-    """The losses in a file that `--out` wrote.
+def settings(model: str, max_tokens: int, folders: Mapping[str, Path | None]) -> dict[str, dict[str, Any]]:
+    """What decides the losses under each adapter besides the conversations; of its weights the digest."""
+    from usp_env.backends.hf import hash_folder
+
+    same = {"model": model, "max_tokens": max_tokens}
+    return {name: same | {"adapter": hash_folder(folder) if folder else None} for name, folder in folders.items()}
+
+
+def known(file: Path | None, rows: Mapping[str, Sequence[Row]], wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Losses]:
+    """The losses under the wanted adapters in a file that `--out` wrote.
+
+    Args:
+        file: It, or None.
+        rows: What is to be measured, by variant.
+        wanted: The adapters' `settings`.
 
     Raises:
-        SpecError: It is of other conversations.
+        SpecError: It is of other conversations, other tokens of them, or other settings.
     """
     if file is None:
         return {}
     record = json.loads(file.read_text("utf-8"))
-    if record["ids"] != list(ids):
+    ids = [row.id for row in rows["profile"]]
+    if record["ids"] != ids:
         raise SpecError(f"--known {file}: expected losses of the same {len(ids)} conversations, got {len(record['ids'])} others")
-    return {name: Losses(np.array(row["nll"]), np.array(row["counts"])) for name, row in record["rows"].items()}
+    found = {}
+    for name, row in record["rows"].items():
+        adapter, _, variant = name.rpartition(" / ")
+        if adapter not in wanted:
+            continue
+        if row.get("settings") != wanted[adapter]:
+            raise SpecError(f"--known {file}: {name}: expected {dict(wanted[adapter])}, got {row.get('settings')}: leave it out")
+        if row["counts"] != [sum(r.content) for r in rows[variant]]:
+            raise SpecError(f"--known {file}: {name} counts other tokens of these conversations: leave it out")
+        found[name] = Losses(np.array(row["nll"]), np.array(row["counts"]))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -149,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--split", default="val", help="test only for the figures of a released weight")
     made.add_argument("--n", type=int, help="conversations; default: all of the split")
     made.add_argument("--max-tokens", type=int, default=800)
-    made.add_argument("--known", type=Path, help="what an earlier --out holds is not measured again")
+    made.add_argument("--known", type=Path, help="what an earlier --out holds of these adapters is not measured again")
     made.add_argument("--out", type=Path)
     args = made.parse_args(argv)
     import transformers
@@ -157,13 +181,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = assets.path(args.model) if args.model in assets.ASSETS else args.model
     renderer = Renderer(transformers.AutoTokenizer.from_pretrained(where))
     rows = variants(renderer, args.split, args.bank, args.n, Limits(tokens=args.max_tokens))
-    ids = [row.id for row in rows["profile"]]
-    losses = known(args.known, ids)
-    folders = {"untuned": Path()} | {n: Path(f) for n, _, f in (a.partition("=") for a in args.adapter)}
+    folders: dict[str, Path | None] = {"untuned": None}
+    folders |= {n: Path(f) for n, _, f in (a.partition("=") for a in args.adapter)}
+    wanted = settings(args.model, args.max_tokens, folders)
+    losses = known(args.known, rows, wanted)
     for name, folder in folders.items():
-        wanted = [variant for variant in rows if f"{name} / {variant}" not in losses]
-        model = load(folder, args.model) if wanted else None
-        for variant in wanted:
+        open_ = [variant for variant in rows if f"{name} / {variant}" not in losses]
+        model = load(folder, args.model) if open_ else None
+        for variant in open_:
             losses[f"{name} / {variant}"] = measure(model, rows[variant])
             print(f"{name} / {variant}: {losses[f'{name} / {variant}'].perplexity():.2f}", flush=True)
     table = {
@@ -174,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "n": len(cost.nll),
             "nll": cost.nll.tolist(),
             "counts": cost.tokens.tolist(),
+            "settings": wanted[name.rpartition(" / ")[0]],
         }
         for name, cost in losses.items()
     }
@@ -183,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, ratio in compared.items():
         print(f"{name:52} {ratio['ratio']:.3f}  [{ratio['ci95'][0]:.3f}, {ratio['ci95'][1]:.3f}]")
     if args.out:
+        ids = [row.id for row in rows["profile"]]
         record = {"split": args.split, "ids": ids, "rows": table, "ratios": compared}
         args.out.write_text(json.dumps(record) + "\n", "utf-8")
 

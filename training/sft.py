@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.conversations import of_split
+from training.conversations import continued, of_split
 from training.sft_rows import IGNORED, Limits, Row, make_rows
 from usp_env.models import assets
 from usp_env.rendering import Renderer
@@ -102,8 +102,8 @@ def dataset(rows: Iterable[Row], content_only: bool = False) -> Any:
     return datasets.Dataset.from_list([{"input_ids": list(row.input_ids), "labels": labels(row)} for row in rows])
 
 
-def configure(args: argparse.Namespace) -> Any:
-    """The trainer's settings."""
+def configure(args: argparse.Namespace, longest: int) -> Any:
+    """The trainer's settings, for rows of at most `longest` tokens."""
     import torch
     from trl import SFTConfig
 
@@ -118,7 +118,8 @@ def configure(args: argparse.Namespace) -> Any:
         gradient_accumulation_steps=args.accumulate,
         max_grad_norm=1.0,
         weight_decay=0.0,
-        max_length=None,  # rows are cut at whole turns, before
+        # Rows are cut at whole turns, before: here this is the length that several are packed to.
+        max_length=max(longest, getattr(args, "max_tokens", 0)) if args.packing else None,
         packing=args.packing,
         gradient_checkpointing=args.gradient_checkpointing,
         bf16=args.bf16 or not args.full,
@@ -143,11 +144,31 @@ def configure(args: argparse.Namespace) -> Any:
 
 
 def trainer_class() -> type[Any]:
-    """TRL's trainer with a loss that reads the vocabulary's logits at trained positions alone (a fifth of them)."""
+    """TRL's trainer with a loss that reads the vocabulary's logits at trained positions alone (a fifth of them).
+
+    `eval_loss` is the mean of all counted tokens, not that of the batches' means: a token weighs the same in any batch. With
+    several processes, rows that fill up the last batch count twice.
+    """
     import torch
+    from accelerate.utils import gather_object
     from trl import SFTTrainer
 
     class UserTurnTrainer(SFTTrainer):
+        def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+            """The trainer's own, with the exact mean loss."""
+            self.costs: list[tuple[float, int]] = []  # summed loss and counted tokens of each batch
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            losses, counts = zip(*gather_object(self.costs), strict=True)
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / max(1, sum(counts))
+            return output
+
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            """The trainer's own; keeps what `evaluation_loop` sums up."""
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+            count = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            self.costs.append((float(result[0]) * count, count))
+            return result
+
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             """Mean negative log-likelihood of the trained tokens of all steps of an update."""
             labels = inputs["labels"][:, 1:]
@@ -176,13 +197,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {}
     for split, limit in (("train", args.limit), ("val", args.eval_limit)):
         pairs = of_split(args.bank, split)[:limit]
-        rows[split] = list(make_rows(renderer, pairs, not args.no_profile, limits))
+        rows[split] = list(make_rows(renderer, pairs, not args.no_profile, limits, continued(args.bank)))
     fit(model, tokenizer, rows["train"], rows["val"], args)
 
 
 def fit(model: Any, tokenizer: Any, train: Sequence[Row], val: Sequence[Row], args: argparse.Namespace) -> None:
     """Train on rows; the best step's weights and `training.json` go to `args.out`."""
     from peft.helpers import disable_input_dtype_casting
+    from transformers.trainer_utils import get_last_checkpoint
 
     start = time.time()
     trained = sum(label != IGNORED for row in train for label in row.labels)
@@ -191,17 +213,20 @@ def fit(model: Any, tokenizer: Any, train: Sequence[Row], val: Sequence[Row], ar
 
     trainer = trainer_class()(
         model=model,
-        args=configure(args),
+        args=configure(args, max(len(row.input_ids) for row in (*train, *val))),
         train_dataset=dataset(train),
         eval_dataset=dataset(val, content_only=True),
         processing_class=tokenizer,
     )
-    if not args.resume:
+    checkpoint = get_last_checkpoint(args.out) if args.resume and args.out.is_dir() else None
+    if checkpoint is None:
         trainer.evaluate()  # where it starts from
     # LoRA's inputs stay bfloat16, as autocast wants them: 15 % less time a step than through float32, the same loss.
     with contextlib.nullcontext() if args.full else disable_input_dtype_casting(model):
-        trainer.train(resume_from_checkpoint=args.resume)
-    save(trainer.model, args)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    save(trainer, args)
+    if not trainer.is_world_process_zero():
+        return
     curve = [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
     record = {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
@@ -216,16 +241,20 @@ def fit(model: Any, tokenizer: Any, train: Sequence[Row], val: Sequence[Row], ar
     print(json.dumps(record["best"]), flush=True)
 
 
-def save(model: Any, args: argparse.Namespace) -> None:
-    """The adapter (in bfloat16) or the model, as safetensors in `out/final`."""
+def save(trainer: Any, args: argparse.Namespace) -> None:
+    """The adapter (in bfloat16) or the model, as safetensors in `out/final`. Every process calls it, one writes."""
     import torch
+    from safetensors.torch import load_file, save_file
 
+    final = args.out / "final"
+    trainer.save_model(str(final))  # it gathers what is sharded over processes
+    if not trainer.is_world_process_zero():
+        return
+    (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, of this machine
+    weights = final / "adapter_model.safetensors"
     if not args.full:
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(torch.bfloat16)
-    model.save_pretrained(args.out / "final", safe_serialization=True)
-    file = args.out / "final" / "adapter_config.json"
+        save_file({name: weight.to(torch.bfloat16) for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
+    file = final / "adapter_config.json"
     if file.is_file() and args.model in assets.ASSETS:  # not the folder of this machine's cache
         config = json.loads(file.read_text("utf-8")) | {"base_model_name_or_path": assets.ASSETS[args.model].hub}
         file.write_text(json.dumps(config, indent=1) + "\n", "utf-8")

@@ -8,7 +8,7 @@ Which tokens are trained is decided by `usp_env.rendering` (its own spans of the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,7 @@ class Clipped:
 
     Args:
         messages: True roles; a continuation may begin with the assistant.
-        ended: Whether all of it is kept, so that the user's end of it is known.
+        ended: Whether all of it is kept and it goes on nowhere else, so that the user's end of it is known.
         cut: Which user turns (0-based) are beginnings of longer ones.
     """
 
@@ -74,10 +74,19 @@ def system(profile: Profile | None) -> dict[str, str]:
     return KINDS["plato" if profile is None else "usp"].render(Dialogue().view_for("user", profile))[0]
 
 
-def clip(renderer: Renderer, profile: Profile, dialogue: Dialogue, limits: Limits) -> Clipped:
-    """The turns that fit. The profile is counted whether or not it will be shown: two models see the same turns."""
+def clip(renderer: Renderer, profile: Profile, dialogue: Dialogue, limits: Limits, continued: bool = False) -> Clipped:
+    """The turns that fit. The profile is counted whether or not it will be shown: two models see the same turns.
+
+    Args:
+        renderer: Counts the tokens.
+        profile: Whose conversation it is.
+        dialogue: It.
+        limits: What fits.
+        continued: It goes on in another segment (`training.conversations.continued`): it has no end to learn.
+    """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(profile.id.encode()).digest()[:8], "big"))
-    room = limits.tokens - len(renderer.render([system(profile)], own_role="user").token_ids)
+    end = len(renderer.render([], generation_role="user").token_ids) + 1  # a header and the end of the conversation
+    room = limits.tokens - end - len(renderer.render([system(profile)], own_role="user").token_ids)
     kept: list[dict[str, str]] = []
     cut: set[int] = set()
     turns = 0
@@ -89,12 +98,13 @@ def clip(renderer: Renderer, profile: Profile, dialogue: Dialogue, limits: Limit
             text = renderer.decode(renderer.encode(text)[: int(rng.choice(limits.reply_tokens))])
         said = {"role": message.role, "content": text}
         room -= len(renderer.render([said], own_role="user").token_ids)
-        if room < 1:  # one for the end of the conversation
+        if room < 0:
             return Clipped(tuple(kept), False, frozenset(cut))
         if message.role == "user" and len(message.content) > limits.user_chars:
             cut.add(turns - 1)
         kept.append(said)
-    return Clipped(tuple(kept), bool(kept) and kept[-1]["role"] == "assistant", frozenset(cut))
+    ended = bool(kept) and kept[-1]["role"] == "assistant" and not continued
+    return Clipped(tuple(kept), ended, frozenset(cut))
 
 
 def make_row(renderer: Renderer, profile: Profile | None, clipped: Clipped, id: str) -> Row | None:
@@ -110,16 +120,22 @@ def make_row(renderer: Renderer, profile: Profile | None, clipped: Clipped, id: 
 
 
 def make_rows(
-    renderer: Renderer, pairs: Iterable[tuple[Profile, Dialogue]], with_profile: bool = True, limits: Limits | None = None
+    renderer: Renderer,
+    pairs: Iterable[tuple[Profile, Dialogue]],
+    with_profile: bool = True,
+    limits: Limits | None = None,
+    continued: Collection[str] = (),
 ) -> Iterator[Row]:
     """Rows of many conversations and whose they are; those without a user turn to train are left out.
+
+    `continued` holds the ids of conversations that go on in another segment (`training.conversations.continued`).
 
     Example:
         >>> list(make_rows(renderer, [(profile, dialogue)]))[0].labels  # doctest: +SKIP
         (-100, …, 4321, 2, -100, …, 0)
     """
     for profile, dialogue in pairs:
-        clipped = clip(renderer, profile, dialogue, limits or Limits())
+        clipped = clip(renderer, profile, dialogue, limits or Limits(), profile.id in continued)
         row = make_row(renderer, profile if with_profile else None, clipped, profile.id)
         if row is not None:
             yield row

@@ -37,7 +37,7 @@ def chat(arguments: argparse.Namespace) -> int:
     check_free(folder, arguments.resume)
     if arguments.resume:
         if not (folder / DRAFT).is_file():
-            raise RunDirectoryError(f"{str(folder)!r} holds no conversation to go on with: it has ended; begin another")
+            raise _ended(folder)
         saved = read_config(folder)
         for name in _SETTINGS:
             setattr(arguments, name, saved.get(name, getattr(arguments, name)))
@@ -50,6 +50,9 @@ def chat(arguments: argparse.Namespace) -> int:
     conductor.record.models = {person: "human", other(person): conductor.partner.spec}
     episode, said = _load(folder) if arguments.resume else (_begin(conductor, arguments), None)
     if arguments.resume:
+        if episode.id in conductor.record.finished:  # killed after its line was written
+            (folder / DRAFT).unlink()
+            raise _ended(folder)
         screen.history(episode, said)
     speaker = HumanSpeaker(person, show=screen.show, max_chars=conductor.rules.max_chars)
     try:
@@ -68,6 +71,10 @@ def chat(arguments: argparse.Namespace) -> int:
 
 class _FailedError(UspError):
     """A call failed; the conversation can go on from what is saved."""
+
+
+def _ended(folder: Path) -> RunDirectoryError:
+    return RunDirectoryError(f"{str(folder)!r} holds no conversation to go on with: it has ended; begin another")
 
 
 def _saved(folder: Path) -> str:

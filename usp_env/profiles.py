@@ -19,6 +19,8 @@ from typing import Any
 from usp_env.errors import MissingAssetError, ProfileFormatError, UnknownNameError
 from usp_env.files import read_text
 
+PACKAGED = {"sharegpt": "sharegpt_profiles.jsonl", "sharegpt-silver": "sharegpt_silver.jsonl"}
+"""Banks that ship. Silver profiles were written by the packaged profile generator, without attributes."""
 SPLITS = ("train", "val", "test")
 VIRTUAL_PREFIX = "virtual:"
 
@@ -35,6 +37,7 @@ class Profile:
         split: `"train"`, `"val"`, `"test"` or None.
         user_id: Groups several conversations of one person.
         source: Where the profile comes from (a bank's name or file).
+        silver: The profile generator that wrote it; None for a reader's or an extractor's.
 
     Example:
         >>> print(Profile("a", "You are a cook.", "You write tersely."))
@@ -50,6 +53,7 @@ class Profile:
     split: str | None = None
     user_id: str | None = None
     source: str | None = None
+    silver: str | None = None
 
     def __str__(self) -> str:
         return f"{self.objective}\n\n{self.subjective}"
@@ -63,7 +67,7 @@ class Profile:
     def to_json(self) -> dict[str, Any]:
         """The bank's line for this profile (`data/README.md`)."""
         record: dict[str, Any] = {"id": self.id}
-        for key in ("split", "user_id"):
+        for key in ("split", "user_id", "silver"):
             if getattr(self, key) is not None:
                 record[key] = getattr(self, key)
         return record | dict(self.attributes or {}) | {"profile": {"objective": self.objective, "subjective": self.subjective}}
@@ -83,6 +87,7 @@ def combine(objective_donor: Profile, subjective_donor: Profile) -> Profile:
         attributes=facts | traits if objective_donor.attributes or subjective_donor.attributes else None,
         split=objective_donor.split,
         source=objective_donor.source,
+        silver=objective_donor.silver or subjective_donor.silver,
     )
 
 
@@ -119,12 +124,12 @@ class ProfileBank(Sequence[Profile]):
 
     @classmethod
     def load(cls, bank: str | Path, split: str | None = None) -> ProfileBank:
-        """Read a bank: `"sharegpt"` (packaged), `"lmsys-usp"` (from the cache) or a JSONL file.
+        """Read a bank: `"sharegpt"` or `"sharegpt-silver"` (packaged), or a JSONL file.
 
         Reserved conversations are left out, with a warning that says how many.
 
         Raises:
-            MissingAssetError: `"lmsys-usp"` has not been fetched, or the file does not exist.
+            MissingAssetError: The file does not exist, or the bank does not ship (`"lmsys-usp"` is gated).
             ProfileFormatError: A line breaks the format (file, line and field are named).
             UnknownNameError: `split` names no split, or the bank has no profile in it.
         """
@@ -178,8 +183,8 @@ class ProfileBank(Sequence[Profile]):
 
 
 def _load_bank(bank: str) -> ProfileBank:
-    if bank == "sharegpt":
-        return _packaged_bank()
+    if bank in PACKAGED:
+        return _packaged_bank(bank)
     path = Path(bank)
     if bank == "lmsys-usp":
         raise MissingAssetError(
@@ -187,14 +192,16 @@ def _load_bank(bank: str) -> ProfileBank:
             "the bank format ({'id', 'profile': {'objective', 'subjective'}}) and pass the file's path"
         )
     if not path.is_file():
-        raise MissingAssetError(f"expected a packaged bank ('sharegpt') or a JSONL file, got {bank!r}, which is neither")
+        raise MissingAssetError(
+            f"expected a packaged bank ({', '.join(PACKAGED)}) or a JSONL file, got {bank!r}, which is neither"
+        )
     return _read_bank(read_text(path, ProfileFormatError), str(path), path.stem)
 
 
 @cache
-def _packaged_bank() -> ProfileBank:
-    file = resources.files("usp_env.data") / "sharegpt_profiles.jsonl"
-    return _read_bank(file.read_text("utf-8"), "sharegpt_profiles.jsonl", "sharegpt")
+def _packaged_bank(name: str) -> ProfileBank:
+    file = resources.files("usp_env.data") / PACKAGED[name]
+    return _read_bank(file.read_text("utf-8"), PACKAGED[name], name)
 
 
 def _read_bank(text: str, file: str, name: str) -> ProfileBank:
@@ -236,8 +243,9 @@ def parse_line(line: str, file: str, number: int, name: str | None = None) -> Pr
             raise bad(f"profile.{key}", "valid Unicode", lone)
     if record.get("split") not in (None, *SPLITS):
         raise bad("split", f"one of {', '.join(SPLITS)} or none", record["split"])
-    if not isinstance(record.get("user_id"), str | None):
-        raise bad("user_id", "a string or none", record["user_id"])
+    for key in ("user_id", "silver"):
+        if not isinstance(record.get(key), str | None):
+            raise bad(key, "a string or none", record[key])
     keys = ("objective_facts", "subjective_characteristics", "conversation")
     for key in keys:
         if key in record and not isinstance(record[key], list if key == "conversation" else dict):
@@ -249,7 +257,14 @@ def parse_line(line: str, file: str, number: int, name: str | None = None) -> Pr
         raise bad("(line)", "valid Unicode", lone)
     attributes = {key: record[key] for key in keys if key in record} or None
     return Profile(
-        record["id"], prose["objective"], prose["subjective"], attributes, record.get("split"), record.get("user_id"), name
+        record["id"],
+        prose["objective"],
+        prose["subjective"],
+        attributes,
+        record.get("split"),
+        record.get("user_id"),
+        name,
+        record.get("silver"),
     )
 
 

@@ -1,7 +1,7 @@
 """Run directories: `run.json` (what was run) and `transcripts.jsonl` (one finished episode a line).
 
 A line is written in one piece under a lock, so that a killed process loses no line already written and several
-processes may share a directory; a line cut off by a crash is removed when the run is resumed.
+processes may share a directory; a line cut off by a crash is taken out when the run is resumed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib import metadata
@@ -236,10 +236,11 @@ class RunDirectory:
         resume: Go on with a run that is there: `finished` holds the ids of its episodes, but for those that infrastructure
             failed: they may be run again.
         overwrite: Begin anew over whatever is there.
-        provenance: Also recorded: digests of models, bank and sampler (`Conductor.provenance`).
+        provenance: Also recorded, and a resumed run must share it: digests of models, bank and sampler
+            (`Conductor.provenance`).
 
     Raises:
-        RunDirectoryError: The path is taken, or the resumed run was configured differently (the diff is shown).
+        RunDirectoryError: The path is taken, or configuration or provenance of the resumed run differ (the diff is shown).
     """
 
     def __init__(
@@ -257,21 +258,22 @@ class RunDirectory:
         self._lock = threading.Lock()
         check_free(path, resume, overwrite)
         resolved = json.loads(json.dumps(config)) if config is not None else None
+        origin = json.loads(json.dumps(provenance, default=str)) if provenance is not None else None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunDirectoryError(f"cannot make the run directory {str(path)!r} ({error.strerror}): choose another") from error
         if resume and (self.path / RUN).is_file():
-            self._check_config(resolved)
+            self._check_same(resolved, origin)
             self._mend()
             known = read_transcripts(self.path) if self.file.is_file() else []
             self.finished = {t.episode_id for t in known if t.outcome != "infra_failure"}
             self.ledger = Ledger(self.path)
         else:
-            self.file.write_text("", "utf-8")
+            self._begin(overwrite)
             (self.path / LEDGER).unlink(missing_ok=True)
             self.ledger = Ledger(self.path)
-            text = json.dumps(describe(resolved) | {"provenance": provenance}, indent=1, ensure_ascii=False, default=str)
+            text = json.dumps(describe(resolved) | {"provenance": origin}, indent=1, ensure_ascii=False)
             (self.path / f"{RUN}.new").write_text(text + "\n", "utf-8")
             (self.path / f"{RUN}.new").replace(self.path / RUN)
 
@@ -300,33 +302,49 @@ class RunDirectory:
     def __deepcopy__(self, memo: dict[int, Any]) -> RunDirectory:
         return self  # forks of an environment write into the same run
 
-    def _check_config(self, config: Any) -> None:
-        before = read_config(self.path)
-        if config is None or before == config:
-            return
-        old, new = before, config
-        changed = [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        raise RunDirectoryError(
-            f"{str(self.path)!r} holds a run with another configuration ({'; '.join(changed)}): use another directory"
-        )
+    def _begin(self, overwrite: bool) -> None:
+        # "x": of two runs that begin at once and find the directory empty, one gets it, and the other empties nothing.
+        try:
+            open(self.file, "wb" if overwrite else "xb").close()
+        except FileExistsError as error:
+            raise RunDirectoryError(f"another run has just begun in {str(self.path)!r}: choose another directory") from error
+
+    def _check_same(self, config: Any, provenance: Any) -> None:
+        before = _read_run(self.path)
+        if config is not None and (changed := list(_changes(before["config"] or {}, config))):
+            raise RunDirectoryError(
+                f"{str(self.path)!r} holds a run with another configuration ({'; '.join(changed)}): use another directory"
+            )
+        known = before.get("provenance")
+        if None not in (known, provenance) and (changed := list(_changes(known, provenance))):
+            raise RunDirectoryError(
+                f"{str(self.path)!r} holds a run of the same configuration, but what it names has changed since "
+                f"({'; '.join(changed)}): bring that back, or use another directory"
+            )
 
     def _mend(self) -> None:
-        """Remove lines that a crash cut off; a writer that is still at work keeps what it appends."""
-        if self.file.is_file():
-            with open(self.file, "r+b") as stream:
-                locked(stream)
-                data = stream.read()
-                *lines, _ = data.split(b"\n")
-                whole = b"".join(line + b"\n" for line in lines if not _is_torn(line))
-                if whole != data:
-                    stream.seek(0)
-                    stream.write(whole)
-                    stream.truncate()
+        """Take out lines that a crash cut off; a writer that is still at work keeps what it appends.
+
+        No other byte moves, so that a crash in here costs nothing: a line is blanked (readers skip blank lines), the tail cut.
+        """
+        if not self.file.is_file():
+            return
+        with open(self.file, "r+b") as stream:
+            locked(stream)
+            *lines, tail = stream.read().split(b"\n")
+            start = 0
+            for line in lines:
+                if _is_torn(line):
+                    stream.seek(start)
+                    stream.write(b" " * len(line))
+                start += len(line) + 1
+            if tail:
+                stream.truncate(start)
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a line is the beginning of an object and not the whole of it."""
-    if not line.startswith(b"{") or line.endswith(b"}"):
+    """Whether a line is the beginning of an object and not the whole of it, or what is left of one that was being blanked."""
+    if not line.startswith((b"{", b" ")) or not line.strip():
         return False
     try:
         json.loads(line)
@@ -335,19 +353,33 @@ def _is_torn(line: bytes) -> bool:
     return False
 
 
+def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """What differs between two JSON values, by path: `models.hf:x.weights: 'a' → 'b'`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield f"{name}: {old!r} → {new!r}"
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of the run in a directory.
 
     Raises:
         RunDirectoryError: `run.json` is damaged.
     """
+    return _read_run(folder)["config"] or {}
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / RUN).read_text("utf-8"))["config"]
-        if not isinstance(config, dict | None):
-            raise ValueError(f"config is {config!r:.80}")
-    except (ValueError, KeyError, TypeError) as error:
+        run: dict[str, Any] = json.loads((folder / RUN).read_text("utf-8"))
+        for value in (run["config"], run.get("provenance")):
+            if not isinstance(value, dict | None):
+                raise ValueError(f"expected an object, got {value!r:.80}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunDirectoryError(f"{folder / RUN}: expected what a run writes there, it is damaged ({error!r})") from error
-    return config or {}
+    return run
 
 
 def check_free(path: str | Path, resume: bool = False, overwrite: bool = False) -> None:

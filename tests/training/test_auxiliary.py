@@ -56,10 +56,10 @@ def test_platt_recovers_a_known_logistic() -> None:
 
 
 def test_bootstrap_draws_whole_clusters() -> None:
-    values = np.array([0.0, 0.0, 1.0, 1.0])
-    estimate, low, high = bootstrap(["a", "a", "b", "b"], lambda i: float(values[i].mean()), n=200)
-    assert (estimate, low, high) == (0.5, 0.0, 1.0)  # two clusters: means can only be 0, .5
-    assert 1
+    # Two clusters: a mean is 0 or 1 in every fourth draw. Of single rows a mean is .5 ± .05, and leaves [.3, .7] in no draw.
+    values = np.repeat([0.0, 1.0], 50)
+    estimate, low, high = bootstrap(["a"] * 50 + ["b"] * 50, lambda i: float(values[i].mean()), n=200)
+    assert (estimate, low, high) == (0.5, 0.0, 1.0)
 
 
 def test_saved_weights_are_small_and_keep_their_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

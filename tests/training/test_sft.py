@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from training import perplexity, sft  # noqa: E402
-from training.sft_rows import IGNORED, Limits, clip, make_row, make_rows, system  # noqa: E402
+from training.sft_rows import IGNORED, Limits, Row, clip, make_row, make_rows, system  # noqa: E402
 from usp_env.dialogue import Dialogue, Message  # noqa: E402
 from usp_env.errors import SpecError  # noqa: E402
 from usp_env.models import assets  # noqa: E402
@@ -74,6 +75,50 @@ def test_a_segment_has_no_end_and_a_continuation_begins_with_the_assistant(rende
     (row,) = rows_of(renderer, Dialogue(TALK.messages[1:3]))
     assert trained(renderer, row) == "and quail eggs?<|im_end|>"
     assert rows_of(renderer, Dialogue(TALK.messages[1:2])) == []  # nothing of the user's in it
+
+
+def test_no_end_is_trained_where_a_later_segment_goes_on(renderer, tmp_path) -> None:
+    from training.conversations import continued, of_split
+
+    ids = ("QWJhYvA_0", "QWJhYvA_9", "QWJhYvA_9#1", "Aa11111_0", "chat_0", "chat_1")
+    talk = [{"role": m.role, "content": m.content} for m in TALK]
+    lines = [
+        {"id": i, "split": "train", "profile": {"objective": "You ask.", "subjective": "You write."}, "conversation": talk}
+        for i in ids
+    ]
+    file = tmp_path / "bank.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    assert continued(str(file)) == {"QWJhYvA_0", "QWJhYvA_9"}
+    rows = make_rows(renderer, of_split(str(file), "train"), continued=continued(str(file)))
+    ended = {row.id: trained(renderer, row).endswith("quail eggs?<|im_end|><|endoftext|>") for row in rows}
+    assert ended == {
+        "QWJhYvA_0": False,
+        "QWJhYvA_9": False,
+        "QWJhYvA_9#1": True,
+        "Aa11111_0": True,
+        "chat_0": True,
+        "chat_1": True,
+    }
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_program_trains_no_end_of_a_continued_conversation(renderer, tmp_path, monkeypatch) -> None:
+    people = [(Profile(i, "You cook.", "You write tersely."), TALK) for i in ("a", "b")]
+    monkeypatch.setattr(sft, "of_split", lambda bank, split: people)
+    monkeypatch.setattr(sft, "continued", lambda bank: {"a"})
+    monkeypatch.setattr(sft, "load_model", lambda args: (None, renderer.tokenizer))
+    found = []
+    monkeypatch.setattr(sft, "fit", lambda model, tokenizer, train, val, args: found.extend(train))
+    sft.main(["--out", str(tmp_path)])
+    assert [row.labels[-1] == renderer.end_of_conversation_id for row in found] == [False, True]
+
+
+def test_rows_keep_their_limit_with_the_end_of_the_conversation(renderer) -> None:
+    whole = len(rows_of(renderer, TALK)[0].input_ids)
+    for tokens in range(whole - 6, whole + 1):
+        (row,) = rows_of(renderer, TALK, tokens=tokens)
+        assert len(row.input_ids) <= tokens
+    assert row.labels[-1] == renderer.end_of_conversation_id
 
 
 def test_what_does_not_fit_is_left_out_whole(renderer) -> None:
@@ -160,12 +205,44 @@ def test_ratios_and_known_losses(tmp_path) -> None:
         "usp / wrong : usp / profile": 3.0,
         "usp / profile : plato / none": 0.4,
     }
+
+
+def test_known_losses_are_of_the_same_tokens_model_and_adapter(tmp_path) -> None:
+    def rows(id: str, content: int) -> dict[str, list[Row]]:
+        return dict.fromkeys(("profile", "none"), [Row(id, (0,) * 3, (0,) * 3, (True,) * content + (False,) * (3 - content))])
+
+    for name in ("usp", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(name.encode())
+
+    def settings(adapter: str = "usp", model: str = "m", max_tokens: int = 800) -> dict[str, dict[str, object]]:
+        return perplexity.settings(model, max_tokens, {"untuned": None, "usp": tmp_path / adapter})
+
     file = tmp_path / "known.json"
-    file.write_text(json.dumps({"ids": ["a"], "rows": {"usp / none": {"nll": [1.5], "counts": [2.0]}}}))
-    assert perplexity.known(file, ["a"])["usp / none"].nll.tolist() == [1.5]
+    held = {"nll": [1.5], "counts": [2.0], "settings": settings()["usp"]}
+    file.write_text(json.dumps({"ids": ["a"], "rows": {"usp / none": held, "unasked / none": {}}}))
+    found = perplexity.known(file, rows("a", 2), settings())
+    assert {name: losses.nll.tolist() for name, losses in found.items()} == {"usp / none": [1.5]}
+    assert perplexity.known(None, rows("a", 2), settings()) == {}
     with pytest.raises(SpecError, match="others"):
-        perplexity.known(file, ["b"])
-    assert perplexity.known(None, ["a"]) == {}
+        perplexity.known(file, rows("b", 2), settings())
+    with pytest.raises(SpecError, match="usp / none counts other tokens"):
+        perplexity.known(file, rows("a", 3), settings())
+    for changed in ({"adapter": "other"}, {"model": "n"}, {"max_tokens": 640}):
+        with pytest.raises(SpecError, match="usp / none: expected"):
+            perplexity.known(file, rows("a", 2), settings(**changed))
+
+
+def test_an_adapter_in_the_working_folder_is_not_the_base(monkeypatch) -> None:
+    loaded = []
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda folder, **options: tiny())
+    monkeypatch.setattr(
+        "peft.PeftModel.from_pretrained", lambda base, folder: loaded.append(folder) or _lora(SimpleNamespace(rank=2))
+    )
+    perplexity.load(None, "somewhere")
+    assert loaded == []
+    perplexity.load(Path("."), "somewhere")
+    assert loaded == [Path(".")]
 
 
 @pytest.mark.filterwarnings("default")
@@ -173,6 +250,7 @@ def test_the_program_prints_its_table(renderer, tmp_path, monkeypatch, capsys) -
     people = [(Profile(f"p{i}", f"You cook {i}.", "You write tersely."), TALK) for i in range(3)]
     monkeypatch.setattr(perplexity, "of_split", lambda bank, split: people)
     monkeypatch.setattr(perplexity, "load", lambda folder, model: tiny().eval())
+    monkeypatch.setattr("usp_env.backends.hf.hash_folder", str)
     out = tmp_path / "table.json"
     perplexity.main(["--adapter", "usp=somewhere", "--out", str(out)])
     record = json.loads(out.read_text())
@@ -203,14 +281,54 @@ def test_the_loss_is_the_mean_of_the_trained_tokens(renderer) -> None:
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_validation_weighs_tokens_not_batches(renderer, tmp_path, packing) -> None:
+    pytest.importorskip("trl")
+    long = Dialogue.of(
+        [Message("user", "why is the sky blue and the sea too, in one line please"), Message("assistant", "Light.")]
+    )
+    rows = [row for talk in (TALK, long, Dialogue(TALK.messages[:2])) for row in rows_of(renderer, talk)]
+    options = ["--out", str(tmp_path), "--full", "--batch", "2", "--max-tokens", "200", *["--packing"] * packing]
+    args = sft.parser().parse_args(options)
+    model = tiny().eval()
+    losses = perplexity.measure(model, rows)
+    trainer = sft.trainer_class()(
+        model=model,
+        args=sft.configure(args, max(len(row.input_ids) for row in rows)),
+        train_dataset=sft.dataset(rows),
+        eval_dataset=sft.dataset(rows, content_only=True),
+        processing_class=renderer.tokenizer,
+    )
+    found = trainer.evaluate()["eval_loss"]
+    assert found == pytest.approx(losses.nll.sum() / losses.tokens.sum(), rel=1e-5)
+    assert found != pytest.approx((losses.nll / losses.tokens).mean(), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("default")
+def test_rows_longer_than_the_packed_length_are_never_cut(renderer, tmp_path) -> None:
+    args = sft.parser().parse_args(["--out", str(tmp_path), "--packing", "--max-tokens", "50"])
+    assert sft.configure(args, 70).max_length == 70
+    assert sft.configure(args, 40).max_length == 50
+
+
+def test_one_process_writes_what_all_gather(tmp_path) -> None:
+    gathered = []
+    trainer = SimpleNamespace(is_world_process_zero=lambda: False, save_model=gathered.append)
+    sft.save(trainer, SimpleNamespace(out=tmp_path, full=False, model="smollm2-135m"))
+    assert gathered == [str(tmp_path / "final")]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("default")
 def test_the_program_learns_resumes_and_keeps_its_best_step(renderer, tmp_path, monkeypatch) -> None:
     pytest.importorskip("trl")
     monkeypatch.setattr(sft, "load_model", lambda args: (_lora(args), renderer.tokenizer))
     people = [(Profile(f"p{i}", f"You cook {i}.", "You write tersely."), TALK) for i in range(8)]
     monkeypatch.setattr(sft, "of_split", lambda bank, split: people)
+    monkeypatch.setattr(sft, "continued", lambda bank: ())
     options = ["--out", str(tmp_path / "run"), "--epochs", "6", "--lr", "0.05", "--batch", "2", "--accumulate", "2"]
     options += ["--eval-every", "4", "--rank", "4"]
-    sft.main(options)
+    sft.main([*options, "--resume"])  # from nothing, while there is no checkpoint
     record = json.loads((tmp_path / "run" / "training.json").read_text())
     first, *_, last = [loss for _, loss in record["validation"]]
     assert record["best"][1] <= last < first - 0.5
@@ -220,6 +338,7 @@ def test_the_program_learns_resumes_and_keeps_its_best_step(renderer, tmp_path, 
 
     weights = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert not (tmp_path / "run" / "final" / "training_args.bin").exists()
     sft.main([*options, "--resume"])  # there is nothing left to do, and nothing is lost
     again = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)

@@ -15,7 +15,7 @@ from usp_env.dialogue import Message, View
 from usp_env.env import DialogueEnv
 from usp_env.errors import BackendError
 from usp_env.profiles import Profile
-from usp_env.transcripts import read_transcripts
+from usp_env.transcripts import RunDirectory, Transcript, read_transcripts
 from usp_env.users.human import HumanSpeaker, LeftError
 
 pytest.importorskip("rich")
@@ -222,3 +222,24 @@ def test_leaving_before_anything_was_said_leaves_nothing(
     assert (status, "Nothing was said yet" in text) == (0, True)
     status, text, _ = chat(monkeypatch, capsys, "a\nb\n", *argv)  # the directory is free again
     assert (status, "is over" in text) == (0, True)
+
+
+def test_a_conversation_stopped_after_its_line_was_written_is_not_written_twice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out, write = tmp_path / "run", RunDirectory.write
+
+    def stopped(self: RunDirectory, transcript: Transcript) -> None:
+        write(self, transcript)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write", stopped)
+        chat(patch, capsys, "a\nb\n", "--user", talkative(tmp_path), "--turns", "2", "--out", str(out))
+    assert (out / "chat.json").is_file()
+    written = (out / "transcripts.jsonl").read_bytes()
+    for _ in range(2):
+        status, _, error = chat(monkeypatch, capsys, "b\n", "--out", str(out), "--resume")
+        assert (status, "has ended" in error) == (2, True)
+        assert (out / "transcripts.jsonl").read_bytes() == written
+        assert not (out / "chat.json").exists()

@@ -118,6 +118,24 @@ def test_a_taken_directory_is_refused(capsys: pytest.CaptureFixture[str], tmp_pa
     assert (tmp_path / "run" / "transcripts.jsonl").read_bytes() == before
 
 
+def test_a_run_with_a_line_cut_off_inside_the_file_is_finished_and_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, file = str(tmp_path / "run"), tmp_path / "run" / "transcripts.jsonl"
+    (tmp_path / "lengths.py").write_text("def turns(profile, dialogue):\n    return dialogue.turns\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run(capsys, *PLAY, "--episodes", "3", "--out", out)
+    first, second, third = file.read_bytes().split(b"\n")[:-1]
+    torn = second[: second.index(b"}") + 1]
+    file.write_bytes(b"\n".join([first, torn, third, b""]))
+    status, text, _ = run(capsys, *PLAY, "--episodes", "3", "--out", out, "--resume")
+    assert (status, "2 of 3" in text) == (0, True)
+    assert file.read_bytes() == b"\n".join([first, b" " * len(torn), third, second, b""])
+    for command in (["report", out], ["show", out], ["score", out, "--reward", "lengths:turns"]):
+        assert run(capsys, *command)[0] == 0
+    assert "3 episodes rerun" in run(capsys, "play", "--replay", out, "--quiet")[1]
+
+
 def test_check_and_profiles(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, text, _ = run(capsys, "check")
     assert status == 0

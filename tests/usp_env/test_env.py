@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -30,7 +31,7 @@ from usp_env.errors import (
     UnknownNameError,
     UspError,
 )
-from usp_env.profiles import Profile
+from usp_env.profiles import Profile, ProfileBank
 from usp_env.records import EpisodeSpec, Reply, Snapshot
 
 WORDS = ("a soup recipe please", "without onions", "how long does it keep?", "and in the freezer?", "what about bread with it")
@@ -171,9 +172,33 @@ def test_names_are_suggested(settings: dict[str, object], error: str) -> None:
         make(**settings)
 
 
-def test_the_user_seats_default_reward_says_how_to_do_without() -> None:
-    with pytest.raises(MissingAssetError, match="reward=None"):
+def test_the_user_seats_default_reward_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("USP_ENV_HOME", str(tmp_path))
+    with pytest.raises(MissingAssetError, match=r"usp-env fetch.*reward=None"):
         gym.make("usp_env/User-v0", assistant="scripted")
+
+
+@pytest.mark.assets
+def test_the_user_seats_default_reward_pays_the_one_who_speaks_as_the_profile_does() -> None:
+    """`0.8*cycle+0.2*human` on the packaged models: the person's own words against a stranger's."""
+    person = ProfileBank.load("sharegpt").get("274bRF0_0")
+    own = [
+        "give me a list of 20 objections landlords in the UK have when i ask to rent their flat for subletting",
+        "more objections please, only from landlords",
+        "what would the plan look like if i want to rent to rent 5 houses?",
+    ]
+    strange = ["As an AI language model, I am happy to help!", "Photosynthesis turns light into sugar.", "Have a wonderful day!"]
+    totals = []
+    for lines in (own, own, strange):
+        env = gym.make("usp_env/User-v0", assistant="scripted", max_turns=3)
+        env.reset(seed=1, options={"profile": person})
+        for line in lines:
+            _, reward, terminated, truncated, info = env.step(line)
+        assert terminated or truncated
+        assert set(info["reward_terms"]) == {"cycle", "human"}
+        totals.append(reward)
+    assert totals[0] == totals[1]
+    assert totals[0] > totals[2] + 0.2
 
 
 def test_a_partner_of_the_wrong_side_is_refused(sampler: object) -> None:

@@ -16,14 +16,17 @@ from doubles import Speaker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from usp_env import transcripts
 from usp_env.dialogue import END
 from usp_env.driver import Conductor
 from usp_env.env import DialogueEnv, make_conductor
 from usp_env.errors import BackendError, RunDirectoryError, SpecError, TranscriptError, UspError
+from usp_env.profiles import Profile, ProfileBank
 from usp_env.records import EpisodeSpec, Reply
 from usp_env.replay import go_on, replay
 from usp_env.rewards.base import make_reward
 from usp_env.rollout import plan, roll
+from usp_env.sampling.base import UniformSampler
 from usp_env.transcripts import RunDirectory, read_transcripts, transcribe
 from usp_env.wrappers import LastUtterance, RecordTranscripts
 
@@ -210,9 +213,6 @@ def test_foreign_transcripts(tmp_path: object, line: str, error: str) -> None:
 
 def _write_forever(path: str) -> None:
     run = RunDirectory(path, {"x": 1}, resume=True)
-    from usp_env.profiles import Profile, ProfileBank
-    from usp_env.sampling.base import UniformSampler
-
     people = UniformSampler(ProfileBank([Profile(f"p{i}", "You.", "You.") for i in range(6)]))
     episodes = roll(conductor(people), Speaker(agent, "assistant"), SPECS)
     while True:
@@ -242,9 +242,6 @@ def test_kill_minus_nine_loses_no_whole_line(tmp_path: object) -> None:
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(texts=st.lists(st.text(), min_size=1, max_size=4))
 def test_any_actions_are_written_and_read_back(texts: list[str], tmp_path_factory: object) -> None:
-    from usp_env.profiles import Profile, ProfileBank
-    from usp_env.sampling.base import UniformSampler
-
     folder = tmp_path_factory.mktemp("run") / "r"
     people = UniformSampler(ProfileBank([Profile("p0", "You.", "You.")]))
     env = DialogueEnv(
@@ -335,3 +332,79 @@ def test_a_line_after_a_torn_one_is_kept(sampler: object, tmp_path: object) -> N
     resumed = RunDirectory(folder, {}, resume=True)
     assert resumed.finished == {*(t.episode_id for t in before), "00000000000fff"}
     assert len(read_transcripts(folder)) == 3
+
+
+def test_a_run_whose_bank_or_weights_changed_is_not_resumed(tmp_path: object) -> None:
+    def stage(tag: str, weights: str) -> Conductor:
+        made = conductor(UniformSampler(ProfileBank([Profile(f"p{i}", f"You {tag}.", "You.") for i in range(6)])))
+        made.reward = make_reward(Scored(), "assistant")
+        made.reward.parts[0][1].identity = {"weights": weights, "settings": EpisodeSpec("p", "uniform", 0)}  # not of JSON's kinds
+        return made
+
+    first, folder = stage("cook", "v1"), tmp_path / "run"
+    first.record = RunDirectory(folder, {"bank": "b.jsonl"}, provenance=first.provenance())
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for bank, weights, error in [("sail", "v1", "changed since.*bank: '"), ("cook", "v2", "reward.scored.weights: 'v1' → 'v2'")]:
+        with pytest.raises(RunDirectoryError, match=error):
+            RunDirectory(folder, {"bank": "b.jsonl"}, resume=True, provenance=stage(bank, weights).provenance())
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    RunDirectory(folder, {"bank": "b.jsonl"}, resume=True, provenance=stage("cook", "v1").provenance())
+    RunDirectory(folder, {"bank": "b.jsonl"}, resume=True)  # whoever does not tell is not asked
+    RunDirectory(tmp_path / "untold", {})
+    RunDirectory(tmp_path / "untold", {}, resume=True, provenance=first.provenance())
+    (folder / "run.json").write_text('{"config": {}, "provenance": "v1"}')
+    with pytest.raises(RunDirectoryError, match="damaged"):
+        RunDirectory(folder, {}, resume=True)
+
+
+def test_a_line_cut_off_at_any_byte_is_taken_out_and_nothing_else_moves(sampler: object, tmp_path: object) -> None:
+    stage, folder = conductor(sampler), tmp_path / "run"
+    stage.record = RunDirectory(folder, {})
+    roll(stage, Speaker(agent, "assistant"), SPECS[4:6])
+    file = folder / "transcripts.jsonl"
+    first, second = file.read_bytes().split(b"\n")[:-1]
+    kept = read_transcripts(folder)[1]
+    cuts = [first[:cut] for cut in range(1, len(first))]
+    halves = [b" " * (len(cut) // 2) + cut[len(cut) // 2 :] for cut in cuts]  # killed again while they were being blanked
+    torn = [line for line in cuts + halves if not _parses(line)]
+    assert len(torn) > 1.9 * len(first)
+    file.write_bytes(b"\n".join([*torn, second, first[:9]]))
+    assert RunDirectory(folder, {}, resume=True).finished == {kept.episode_id}
+    assert file.read_bytes() == b"\n".join([*(b" " * len(line) for line in torn), second, b""])
+    assert read_transcripts(folder) == [kept]
+
+
+def _parses(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_line_of_another_kind_is_told_and_kept(sampler: object, tmp_path: object) -> None:
+    RunDirectory(tmp_path / "run", {})
+    file = tmp_path / "run" / "transcripts.jsonl"
+    for line in (b'{"episode_id": "0"}\n', b"a note of mine\n"):
+        file.write_bytes(line)
+        with pytest.raises(TranscriptError, match="line 1"):
+            RunDirectory(tmp_path / "run", {}, resume=True)
+        assert file.read_bytes() == line
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_runs_that_begin_at_once_one_gets_the_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object, resume: bool
+) -> None:
+    free, folder = transcripts.check_free, tmp_path / "run"
+
+    def overtaken(*asked: object) -> None:
+        free(*asked)
+        monkeypatch.undo()
+        folder.mkdir()
+        (folder / "transcripts.jsonl").write_text("the other's first line")
+
+    monkeypatch.setattr(transcripts, "check_free", overtaken)
+    with pytest.raises(RunDirectoryError, match="another run has just begun"):
+        RunDirectory(folder, {}, resume)
+    assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("transcripts.jsonl", "the other's first line")]

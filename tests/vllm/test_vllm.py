@@ -99,6 +99,9 @@ def test_a_second_turn_comes_from_the_cache(engine) -> None:
     second = engine.generate([Request(messages, sampling=sampling)])[0]
     assert second.usage["cached_tokens"] > first.usage["cached_tokens"]
     assert second.usage["prompt_tokens"] - second.usage["cached_tokens"] < 80  # the turn, and a block of 32 at most
+    engine.forget()
+    again = engine.generate([Request(messages, sampling=sampling)])[0]
+    assert (again.usage["cached_tokens"], again.text) == (0, second.text)
 
 
 def test_more_prompt_than_one_step_reads(engine) -> None:
@@ -159,7 +162,7 @@ def test_rollout_and_the_share_of_vllms_own_speed(engine, monkeypatch, capsys) -
     monkeypatch.setattr(engine, "generate", recorded)
     through_env, bare = [], []
     for _ in range(3):
-        engine.llm.reset_prefix_cache()
+        engine.forget()
         batches.clear()
         start = time.perf_counter()
         envs.reset(seed=0)
@@ -170,7 +173,7 @@ def test_rollout_and_the_share_of_vllms_own_speed(engine, monkeypatch, capsys) -
         assert sum(len(requests) for requests, _ in batches) >= 64
         prompts = [[{"prompt_token_ids": list(engine._prompt(r))} for r in requests] for requests, _ in batches]
         params = [[engine._params(r) for r in requests] for requests, _ in batches]
-        engine.llm.reset_prefix_cache()
+        engine.forget()
         start = time.perf_counter()
         outputs = [engine.llm.generate(p, s, use_tqdm=False) for p, s in zip(prompts, params, strict=True)]
         bare.append(time.perf_counter() - start)
@@ -240,3 +243,5 @@ def test_lora_requests_and_new_weights(engine, adapters) -> None:
         backend.close()
     with pytest.raises(BackendError, match="closed"):
         backend.generate(requests)
+    with pytest.raises(BackendError, match="closed"):
+        backend.forget()

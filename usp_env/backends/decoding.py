@@ -6,6 +6,7 @@ of the model's own matrix products. No global random state is read or changed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,8 @@ class Job:
 class Decoded:
     """What a row gave: sampled ids (its end token included), their log-probabilities, and why it ended.
 
-    `states` are the keys and values of the prompt and of all sampled ids but the last.
+    `states` are the keys and values of the prompt and of all sampled ids but the last. The reason is `error` where the
+    logits made no distribution.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -62,6 +64,9 @@ class Decoded:
 
     def take(self, job: Job, token: int, logprob: float) -> bool:
         """Append a token; whether the row is finished."""
+        if math.isnan(logprob):
+            self.reason = "error"
+            return True
         self.token_ids.append(token)
         self.logprobs.append(logprob)
         if token in job.ends:
@@ -110,7 +115,7 @@ def decode(
         for row, (which, token, logprob) in enumerate(zip(live, tokens.tolist(), logprobs.tolist(), strict=True)):
             if which not in done and out[which].take(jobs[which], token, logprob):
                 done.add(which)
-                if keep:
+                if keep and out[which].reason != "error":
                     out[which].states = _states(cache, row, mask[row])
         if len(done) == len(jobs):
             return out
@@ -296,7 +301,7 @@ class _Sampler:
         self.noise = None if self.noise is None else self.noise[index]
 
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The next token of each row and its log-probability, from logits (B, V) in float32."""
+        """The next token of each row and its log-probability (NaN: there is no distribution), from logits (B, V) in float32."""
         size = -(-logits.shape[-1] // GROUP) * GROUP
         if size != logits.shape[-1]:
             logits = torch.nn.functional.pad(logits, (0, size - logits.shape[-1]), value=-torch.inf)
@@ -311,7 +316,7 @@ class _Sampler:
         tokens, logprobs = gumbel_draw(scaled, noise)
         if bool(greedy.any()):
             tokens = torch.where(greedy[:, 0], logits.argmax(-1), tokens)
-            logprobs = logprobs.masked_fill(greedy[:, 0], 0.0)
+            logprobs = logprobs.masked_fill(greedy[:, 0] & ~logprobs.isnan(), 0.0)
         return tokens, logprobs
 
     def _next_noise(self, width: int) -> Tensor:

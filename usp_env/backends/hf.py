@@ -7,7 +7,8 @@ own is used.
 
 Keys and values of finished rows are kept, so that a conversation's next turn reads only what is new; `usage["cached_tokens"]`
 counts what was not read again. Weights that change make them wrong: a mutable backend keeps none unless it is
-told to (`prefix_gib`), and its owner calls `forget()` after every update.
+told to (`prefix_gib`), and its owner calls `forget()` after every update. Where nobody said so, PyTorch's count of writes to
+the parameters tells, which writes through `.data` do not move: these need `mutable=True` and `forget()` in any case.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from usp_env.rendering import RENDERER_VERSION, Renderer
 require("torch", "hf")
 import torch  # noqa: E402
 
+_NOT_A_NUMBER = "the model's logits hold NaN or infinity, so that nothing can be sampled: its weights, or its dtype, are at fault"
 _OTHER_ENGINES = ("gpu_memory_utilization", "key_env", "timeout", "concurrency")
 
 
@@ -55,7 +57,7 @@ class HFBackend:
             is free, and none where the model is mutable.
 
     Attributes:
-        identity: Weights digest (`live` when mutable), dtype, renderer version, adapters' digests.
+        identity: Weights digest (`live` when mutable) as they are now, dtype, renderer version, adapters' digests.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class HFBackend:
     ) -> None:
         self.spec, self.mutable, self.tokenizer = spec or str(model.config._name_or_path), mutable, tokenizer
         self.renderer = renderer or Renderer(tokenizer)
-        self._weights: Callable[[], str] = lambda: _hash_parameters(self.model)
+        self._hash_given: Callable[[], str] = lambda: _hash_parameters(self.model)
         own_limit = int(getattr(model.config, "max_position_embeddings", None) or 1_000_000)
         self.max_model_len = min(max_model_len or own_limit, own_limit)
         self.micro_batch, self.max_batch_tokens = micro_batch, max_batch_tokens
@@ -91,7 +93,8 @@ class HFBackend:
         if prefix_gib is None:
             prefix_gib = 0.0 if mutable else _free_bytes(self.model.device) / 4 / 2**30
         self.prefixes = PrefixStore(int(prefix_gib * 2**30)) if prefix_gib > 0 and keeps_states(model) else None
-        self._written = -1
+        self._given, self._read = _writes(self.model), -1  # counts of writes: at the start, and when keys and values were made
+        self._digest: tuple[int, str] | None = None  # of the weights at a count of writes
         self._lock = threading.Lock()  # adapters and eval mode are state of the model
 
     @classmethod
@@ -135,23 +138,33 @@ class HFBackend:
             prefix_gib=spec.options.get("prefix_gib"),
         )
         if Path(where).is_dir():
-            backend._weights = lambda: hash_folder(where)
+            backend._hash_given = lambda: hash_folder(where)
         return backend
 
-    @cached_property
+    @property
     def identity(self) -> Mapping[str, Any]:
-        """What decides the output besides the request."""
+        """What decides the output besides the request. Weights that were written to are digested again, which takes time."""
         return {
             "engine": "hf",
             "weights": "live" if self.mutable else self._weights(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "max_model_len": self.max_model_len,
             "renderer": RENDERER_VERSION,
-            "adapters": {name: hash_folder(folder) for name, folder in self._folders.items()},
+            "adapters": self._adapter_digests,
         }
 
+    @cached_property
+    def _adapter_digests(self) -> dict[str, str]:
+        return {name: hash_folder(folder) for name, folder in self._folders.items()}
+
+    def _weights(self) -> str:
+        writes = _writes(self.model)
+        if self._digest is None or self._digest[0] != writes:
+            self._digest = writes, self._hash_given() if writes == self._given else _hash_parameters(self.model)
+        return self._digest[1]
+
     def forget(self) -> None:
-        """Drop all kept keys and values: the weights have changed."""
+        """Drop all kept keys and values: the weights have changed, perhaps through `.data`, which nobody else notices."""
         with self._lock:
             if self.prefixes is not None:
                 self.prefixes.clear()
@@ -168,7 +181,7 @@ class HFBackend:
         """One generation per request, in order.
 
         Raises:
-            BackendError: The device failed on every request.
+            BackendError: No request could be served.
             SpecError: A request without prompt, or with messages that cannot be rendered.
             UnknownNameError: An adapter that nothing answers to.
         """
@@ -177,9 +190,8 @@ class HFBackend:
         results: dict[int, Generation] = {}
         groups: dict[str | None, list[int]] = {}
         for i, (request, job) in enumerate(zip(requests, jobs, strict=True)):
-            if len(job.prompt) + job.sampling.max_tokens > self.max_model_len:
-                usage = {"prompt_tokens": len(job.prompt), "completion_tokens": 0}
-                results[i] = Generation("", (), (), "context_limit", usage)
+            if (unread := self._unread(job)) is not None:
+                results[i] = unread
             else:
                 groups.setdefault(request.adapter, []).append(i)
         with self._lock:
@@ -215,6 +227,16 @@ class HFBackend:
         banned = frozenset() if over is None or request.can_end else frozenset([over])
         return Job(prompt, request.sampling, request.seed, ends, banned, self._stopper(request.sampling.stop))
 
+    def _unread(self, job: Job) -> Generation | None:
+        """What stands for a prompt that the model cannot read; in a batch it would take the other rows with it."""
+        if len(job.prompt) + job.sampling.max_tokens > self.max_model_len:
+            usage = {"prompt_tokens": len(job.prompt), "completion_tokens": 0}
+            return Generation("", (), (), "context_limit", usage)
+        size = int(self.model.config.get_text_config().vocab_size)  # of the embedding; now, since it may be resized
+        if (unknown := next((i for i in job.prompt if not 0 <= i < size), None)) is not None:
+            return failed(BackendError(f"{self.spec}: expected token ids from 0 to {size - 1}, got {unknown}"))
+        return None
+
     def _stopper(self, stop: tuple[str, ...]) -> Callable[[list[int]], bool] | None:
         if not stop:
             return None
@@ -238,10 +260,10 @@ class HFBackend:
     def _check_weights(self) -> None:
         """Drop what was kept if a parameter was written to since, by someone who did not say that the model is mutable."""
         if self.prefixes is not None:
-            written = sum(0 if p.is_inference() else p._version for p in self.model.parameters())
-            if written != self._written:
+            writes = _writes(self.model)
+            if writes != self._read:
                 self.prefixes.clear()
-            self._written = written
+            self._read = writes
 
     def _batches(self, jobs: Sequence[Job], known: Mapping[int, Any]) -> Iterator[list[int]]:
         """Members in batches of similar length, which pads least; the largest first, so that memory fails early."""
@@ -288,6 +310,8 @@ class HFBackend:
         }
 
     def _generation(self, job: Job, row: Decoded, known: Any) -> Generation:
+        if row.reason == "error":
+            return failed(BackendError(f"{self.spec}: {_NOT_A_NUMBER} (after {len(row.token_ids)} tokens of the reply)"))
         text = self.renderer.decode(row.token_ids)
         cuts = [at for mark in job.sampling.stop if (at := text.find(mark)) >= 0]
         usage = {
@@ -365,6 +389,11 @@ def hash_folder(folder: str | Path) -> str:
 def _hash_file(file: str, size: int, mtime_ns: int) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _writes(model: Any) -> int:
+    """How often the parameters have been written to, but for writes through `.data`, which PyTorch does not count."""
+    return sum(0 if p.is_inference() else p._version for p in model.parameters())
 
 
 def _hash_parameters(model: Any) -> str:

@@ -158,7 +158,8 @@ class OpenAIBackend:
     def _call(self, request: Request) -> wire.Call:
         if request.role == "assistant" and request.token_ids is None:
             return wire.chat_call(request, self.model)
-        needed = request.token_ids is None or request.can_end
+        # Also for a user's ids that may not end: the end of the conversation can be banned only where its id is known.
+        needed = request.role == "user" or request.can_end
         return wire.completion_call(request, self.model, self._find_renderer() if needed else self._renderer)
 
     def _find_renderer(self) -> Renderer:

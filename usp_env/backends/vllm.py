@@ -194,6 +194,16 @@ class VLLMBackend:
             raise BackendError(f"no request of {len(requests)} could be served: {results[0].error}") from results[0].error
         return [results[i] for i in range(len(requests))]
 
+    def forget(self) -> None:
+        """Drop all kept keys and values; `load_weights` does so by itself.
+
+        Raises:
+            BackendError: The engine is closed, or did not drop them.
+        """
+        with self._lock:
+            if not self._engine().reset_prefix_cache():
+                raise BackendError(f"{self.spec}: vLLM did not drop its kept keys and values")
+
     def load_weights(self, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Replace the model's weights, e.g. by those of a policy in training; kept keys and values are dropped.
 

@@ -106,7 +106,7 @@ def completion_call(request: Request, model: str, renderer: Renderer | None) -> 
     Args:
         request: With token ids, or with messages and a renderer.
         model: The model's name on the server.
-        renderer: Tells the prompt's ids and which ids end a reply; needed for messages and for `can_end`.
+        renderer: Tells the prompt's ids and which ids end a reply; needed for messages, for `can_end`, and to ban the end.
     """
     if request.token_ids is not None:
         prompt: Sequence[int] = request.token_ids

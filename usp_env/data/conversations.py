@@ -22,7 +22,7 @@ from usp_env.errors import MissingAssetError, UnknownNameError
 from usp_env.models import assets
 from usp_env.profiles import Profile, ProfileBank, reserved_ids
 
-__all__ = ["FORMATS", "HUB", "Conversation", "group_id", "join", "load"]
+__all__ = ["FORMATS", "HUB", "Conversation", "continued", "group_id", "join", "load", "segment_of"]
 
 HUB = {
     "lmsys-usp": "wangkevin02/LMSYS-USP",
@@ -32,7 +32,9 @@ HUB = {
 }
 """Short names of hub data sets; `load` takes these and any `owner/name`."""
 
-_SEGMENT = re.compile(r"(?:_\d+)?(?:#\d+)?\Z")
+_PART = re.compile(r"#([0-9]+)\Z")
+# A capital or a digit, as all but 22 of 9,460 have: `session_1` and `session_2` of somebody's own are two people.
+_SHAREGPT = re.compile(r"((?=[a-z]*[A-Z0-9])[A-Za-z0-9]{7})_([0-9]+)")
 _COPIES = ("7y4qwfF_0", "Yvazhj1_0", "izuEpAx_0", "l4hcvI5_0", "msKmANJ_0", "w2jVd6l_0")
 """Conversations of the ShareGPT package that are a reserved one again, wholly (5) or from the same long opening on (1)."""
 
@@ -100,16 +102,43 @@ def join(
         warnings.warn(message, stacklevel=2)
 
 
-def group_id(id: str) -> str:
-    """What the segments of one conversation share: ShareGPT's `_<turn>` and `preprocessing.segment`'s `#<k>` are left out.
+def segment_of(id: str) -> tuple[str, tuple[int, int]]:
+    """The conversation that an id is a segment of, and which: ShareGPT's `_<turn>`, then `preprocessing.segment`'s `#<k>`.
 
-    Split by it: the segments `X_0` and `X_9` are one person's, and share a turn.
+    Example:
+        >>> segment_of("QWJhYvA_9#2"), segment_of("chat_9")
+        (('QWJhYvA', (9, 2)), ('chat_9', (0, 0)))
+    """
+    part = _PART.search(id)
+    whole = id[: part.start()] if part else id
+    found = _SHAREGPT.fullmatch(whole)
+    group, turn = found.groups() if found else (whole, 0)
+    return group, (int(turn), int(part[1]) if part else 0)
+
+
+def continued(source: str | Path) -> frozenset[str]:
+    """Ids of a source's conversations that go on in a later segment: where they stop, the person did not.
+
+    Args:
+        source: As in `load`; it is read once, and no conversation is built.
+    """
+    ids = {record_id(record, place) for place, record in _open(source, None)}
+    last: dict[str, tuple[int, int]] = {}
+    for group, at in map(segment_of, ids):
+        last[group] = max(at, last.get(group, at))
+    return frozenset(id for id in ids for group, at in [segment_of(id)] if at < last[group])
+
+
+def group_id(id: str) -> str:
+    """What the segments of one conversation share: `segment_of` without which.
+
+    Split by it: the segments `QWJhYvA_0` and `QWJhYvA_9` are one person's, and share a turn.
 
     Example:
         >>> group_id("QWJhYvA_9#2"), group_id("5a1f")
         ('QWJhYvA', '5a1f')
     """
-    return _SEGMENT.sub("", id)
+    return segment_of(id)[0]
 
 
 @cache

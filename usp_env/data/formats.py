@@ -30,7 +30,7 @@ class Conversation:
     """One recorded conversation and what its source knows about it.
 
     Args:
-        id: As in the source; `"<file or data set>:<number>"` where the source has none.
+        id: As in the source; where it has none, `"<file>:<number>"` or, on the hub, `"<data set>:<split>:<number>"`.
         dialogue: The turns, true roles.
         profile: Who the person is, where the source says so.
         user_id: Groups several conversations of one person.
@@ -69,7 +69,7 @@ def record_id(record: dict[str, Any], place: Place) -> str:
             if not isinstance(value, str | int) or value == "":
                 raise place.bad(key, "a non-empty string", value)
             return str(value)
-    return f"{Path(place.file).name}:{place.number}"
+    return ":".join(filter(None, (Path(place.file).name, place.split, str(place.number))))
 
 
 def _turns(

@@ -33,11 +33,13 @@ class Place:
         file: The file or data set.
         line: Where it begins, from 1; in a data set its row.
         number: Of the record, from 1.
+        split: Of a hub data set, whose splits are each counted from 1; else empty.
     """
 
     file: str
     line: int
     number: int
+    split: str = ""
 
     def bad(self, field: str, expected: str, came: object) -> ConversationFormatError:
         """The error for a field of this record."""
@@ -96,7 +98,7 @@ def hub_records(name: str, split: str, **where: str) -> Iterator[tuple[Place, di
         raise MissingAssetError(f"{name!r} is a hub data set and USP_ENV_OFFLINE is set: unset it, or pass a local file")
     rows = require("datasets", "data").load_dataset(name, split=split, streaming=True, **where)
     for number, row in enumerate(rows, 1):
-        yield Place(name, number, number), dict(row)
+        yield Place(name, number, number, split), dict(row)
 
 
 def _parquet(path: Path, name: str) -> Iterator[tuple[Place, Any]]:

@@ -47,7 +47,7 @@ class Distilled:
         }
 
     def extract(self, conversations: Sequence[Conversation]) -> list[Outcome]:
-        """One outcome per conversation, in order; one engine call for all.
+        """One outcome per conversation, in order; one engine call for all, and one more for those that it failed.
 
         Raises:
             BackendError: The engine could do nothing at all.
@@ -63,5 +63,5 @@ class Distilled:
         if isinstance(result, BackendError):
             return Outcome(id, reason=str(result), failed=True)
         if result is None:
-            return Outcome(id, reason="the generator wrote no two paragraphs")
+            return Outcome(id, reason=f"the generator wrote no two paragraphs within {self.generator.sampling.max_tokens} tokens")
         return Outcome(id, objective=result.objective, subjective=result.subjective, silver=self.name)

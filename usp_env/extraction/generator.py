@@ -16,15 +16,14 @@ still too many do the oldest turns go.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from usp_env.backends import load as load_backend
 from usp_env.backends.base import Backend, Generation, Request, Sampling
 from usp_env.backends.spec import ModelSpec, parse
 from usp_env.dialogue import Dialogue, strip_think
-from usp_env.errors import BackendError, MissingAssetError, SpecError
-from usp_env.models import assets
+from usp_env.errors import BackendError, SpecError
 
 PACKAGED = "profile-generator"
 SYSTEM_PROMPT = "You are an expert in creating user profile descriptions based on dialogue analysis."
@@ -32,6 +31,8 @@ USER_PROMPT = (
     "Analyze the user utterances marked by [User] to generate a comprehensive and descriptive user profile\n{utterances}"
 )
 SAMPLING = Sampling(temperature=0.0, max_tokens=320)
+RETRY = Sampling(temperature=0.7, top_p=0.95, max_tokens=320)
+"""Where the greedy output is not two paragraphs: one more, drawn with a fixed seed, so that a reward stays a function."""
 CONTEXT = 4096
 """Most tokens of prompt and output: what the released generator was trained on."""
 PACKAGED_CONTEXT = 448 + SAMPLING.max_tokens
@@ -51,6 +52,10 @@ class ProfileTexts(NamedTuple):
 
     objective: str
     subjective: str
+
+
+Read = ProfileTexts | BackendError | None
+"""What came of one dialogue."""
 
 
 def profile_messages(utterances: Sequence[str]) -> list[dict[str, str]]:
@@ -165,28 +170,37 @@ class ProfileGenerator:
 
     def generate(
         self, dialogues: Sequence[Dialogue], watch: Callable[[Sequence[Generation]], object] | None = None
-    ) -> list[ProfileTexts | BackendError | None]:
-        """One profile per dialogue, in one engine call.
+    ) -> list[Read]:
+        """One profile per dialogue, in one engine call, and one more for those whose output was not two whole paragraphs.
 
         Args:
             dialogues: Any number.
             watch: Told what the engine gave.
 
         Returns:
-            For each dialogue its profile; None where the person said nothing, or the model wrote no two paragraphs; the
-            `BackendError` where this one call failed.
+            For each dialogue its profile; None where the person said nothing, or the model wrote no two paragraphs within
+            its `max_tokens`; the `BackendError` where this one call failed.
 
         Raises:
             BackendError: Nothing of the batch could be done.
         """
         asked = [i for i, dialogue in enumerate(dialogues) if dialogue.turns]
-        made = self.backend.generate([self.request(dialogues[i]) for i in asked]) if asked else []
-        if watch is not None:
+        made = self._ask([self.request(dialogues[i]) for i in asked], watch)
+        results = dict(zip(asked, made, strict=True))
+        again = [i for i in asked if results[i] is None]
+        second = replace(RETRY, max_tokens=self.sampling.max_tokens)
+        try:
+            made = self._ask([replace(self.request(dialogues[i]), sampling=second) for i in again], watch)
+        except BackendError as error:  # the first answers stand
+            made = [error] * len(again)
+        results |= dict(zip(again, made, strict=True))
+        return [results.get(i) for i in range(len(dialogues))]
+
+    def _ask(self, requests: Sequence[Request], watch: Callable[[Sequence[Generation]], object] | None) -> list[Read]:
+        made = self.backend.generate(requests) if requests else []
+        if watch is not None and requests:
             watch(made)
-        results: list[ProfileTexts | BackendError | None] = [None] * len(dialogues)
-        for i, generation in zip(asked, made, strict=True):
-            results[i] = self._read(generation)
-        return results
+        return [self._read(generation) for generation in made]
 
     def request(self, dialogue: Dialogue) -> Request:
         """What the engine is asked for one dialogue."""
@@ -200,7 +214,7 @@ class ProfileGenerator:
             chat_template_kwargs=dict(self.chat_template_kwargs),
         )
 
-    def _read(self, generation: Generation) -> ProfileTexts | BackendError | None:
+    def _read(self, generation: Generation) -> Read:
         if generation.error is not None:
             return generation.error
         if generation.finish_reason == "context_limit":
@@ -209,7 +223,8 @@ class ProfileGenerator:
                 f"profile generator {self.backend.spec}: the prompt, cut to {self.context} tokens with its output, did not fit; "
                 "give ProfileGenerator a smaller context, or the spec fewer max_tokens"
             )
-        return parse_profile(generation.text)
+        # What was cut off may look whole: the second paragraph lacks what would have come.
+        return None if generation.finish_reason == "length" else parse_profile(generation.text)
 
 
 def load_generator(spec: str = PACKAGED, source: Callable[[ModelSpec], Backend] = load_backend) -> ProfileGenerator:
@@ -221,16 +236,11 @@ def load_generator(spec: str = PACKAGED, source: Callable[[ModelSpec], Backend] 
         source: Gives the backend of a model spec, e.g. one behind `usp_env.backends.load_cached`.
 
     Raises:
-        MissingAssetError: Its weights have to be fetched first, or this release ships none.
+        MissingAssetError: Its weights have to be fetched first.
         SpecError: The spec breaks the grammar, or sets a system prompt.
         UnknownNameError: An unknown option or endpoint.
     """
     parsed = parse(spec)
-    if parsed.engine != "openai" and parsed.model == PACKAGED not in assets.ASSETS:
-        raise MissingAssetError(
-            f"profile generator {PACKAGED!r}: this release ships none yet: `python -m training.profile_generator` trains one, "
-            "named by load_generator('smollm2-135m?adapter=FOLDER'); or name another, e.g. 'wangkevin02/Profile_Generator'"
-        )
     if "system" in parsed.options:
         raise SpecError(f"profile generator {spec!r}: its system prompt is fixed, it was trained with it; leave 'system' out")
     return ProfileGenerator(

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
-from usp_env.data.conversations import Conversation
+from usp_env.data.conversations import Conversation, group_id
 from usp_env.dialogue import Dialogue
 from usp_env.errors import BackendError, SpecError
 from usp_env.extraction import pii as private
@@ -77,6 +77,8 @@ class Tally:
 
 def split_of(key: str, shares: Sequence[float] = SHARES) -> str:
     """The split of a person: a hash, so that it depends on nobody else and all conversations of one person share it.
+
+    The key is `user_id`, or without one what the segments of a conversation share (`group_id`).
 
     Example:
         >>> split_of("user-1", (1, 0, 0)), split_of("user-1", (0, 0, 1))
@@ -238,7 +240,7 @@ def _record(c: Conversation, outcome: Outcome, shares: Sequence[float]) -> dict[
     silver = {"silver": outcome.silver} if outcome.silver else {}
     return {
         "id": c.id,
-        "split": split_of(c.user_id or c.id, shares),
+        "split": split_of(c.user_id or group_id(c.id), shares),
         **person,
         **silver,
         **(outcome.attributes.to_json() if outcome.attributes else {}),

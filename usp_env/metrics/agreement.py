@@ -123,13 +123,19 @@ def _spearman(a: FloatArray, b: FloatArray) -> float:
     return min(1.0, max(-1.0, float(x @ y) / scale)) if scale > 0 else math.nan
 
 
-def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable], weights: Literal["linear", "quadratic"] | None = None) -> float:
+def cohen_kappa(
+    a: Sequence[Hashable],
+    b: Sequence[Hashable],
+    weights: Literal["linear", "quadratic"] | None = None,
+    labels: Sequence[Hashable] | None = None,
+) -> float:
     """Cohen's kappa (1960) of two raters: (p_o - p_e) / (1 - p_e), by scikit-learn.
 
     Args:
         a: Labels of the first rater, (n,).
         b: Of the second, (n,).
-        weights: For ordered labels, how disagreements weigh by their distance in sorted order.
+        weights: For ordered labels, how disagreements weigh by their distance in `labels`.
+        labels: All labels that there are, in order, where some may be unused; default: those used, sorted.
 
     Returns:
         At most 1, 0 by chance; NaN without items, or where both always give one and the same label.
@@ -146,7 +152,7 @@ def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable], weights: Literal["
         raise SpecError(f"expected one label of each rater for every item, got {len(a)} and {len(b)}")
     if len(set(a) | set(b)) < 2:
         return math.nan
-    return float(require("sklearn.metrics", "sampling").cohen_kappa_score(list(a), list(b), weights=weights))
+    return float(require("sklearn.metrics", "sampling").cohen_kappa_score(list(a), list(b), labels=labels, weights=weights))
 
 
 def fleiss_kappa(ratings: Sequence[Sequence[Hashable]]) -> float:

@@ -199,7 +199,11 @@ def kappa_with_humans(
     a, b = a[kept], b[kept]
     if np.any(a % 1) or np.any(b % 1):
         raise SpecError("expected labels or whole-number scores: round the scores first")
-    return cohen_kappa(a.astype(int).tolist(), b.astype(int).tolist(), weights) if a.size else float("nan")
+    if not a.size:
+        return float("nan")
+    x, y = a.astype(int).tolist(), b.astype(int).tolist()
+    scale = range(min(x + y), max(x + y) + 1)  # with the scores that nobody gave: 1 and 9 are 8 apart, not one
+    return cohen_kappa(x, y, weights, scale if weights else None)
 
 
 def _answered(verdicts: Sequence[Verdict]) -> Sequence[Verdict]:

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from usp_env.data.second_person import second_person
 from usp_env.dialogue import Dialogue
 from usp_env.endings import WINDOW, is_gratitude_loop, is_repetition, speaks_as
-from usp_env.errors import SpecError
+from usp_env.episode import END_REASONS
+from usp_env.errors import SpecError, UnknownNameError
 from usp_env.metrics.consistency import DialogueTurns, FloatArray, ProfileText, mean_defined, shares
 from usp_env.metrics.diversity import wasserstein
 from usp_env.models.facts import sentences
@@ -76,17 +77,23 @@ def user_turns(dialogues: Sequence[DialogueTurns]) -> FloatArray:
     return np.array([len(dialogue.turns) for dialogue in dialogues], dtype=np.float64)
 
 
-def ended_by_user(outcomes: Sequence[str]) -> FloatArray:
+def ended_by_user(end_reasons: Sequence[str]) -> FloatArray:
     """Whether the user ended the conversation, by its end token: 0 or 1, (n,); the mean is a share.
 
     Args:
-        outcomes: Of the episodes (`usp_env.episode`), (n,).
+        end_reasons: Of the episodes (`usp_env.episode`: `info["end_reason"]`, not `info["outcome"]`), (n,).
+
+    Raises:
+        UnknownNameError: A value that is no end reason.
 
     Example:
-        >>> ended_by_user(["user_ended", "max_turns", "repetition"])
+        >>> ended_by_user(["user_ended", "turn_limit", "repetition"])
         array([1., 0., 0.])
     """
-    return np.array([outcome == "user_ended" for outcome in outcomes], dtype=np.float64)
+    for reason in end_reasons:
+        if reason not in END_REASONS:
+            raise UnknownNameError("end reason", reason, END_REASONS)
+    return np.array([reason == "user_ended" for reason in end_reasons], dtype=np.float64)
 
 
 def turn_count_distance(simulated: Sequence[DialogueTurns], real: Sequence[DialogueTurns]) -> float:

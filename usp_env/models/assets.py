@@ -103,6 +103,11 @@ ASSETS: dict[str, Asset] = {
             "3b3f913075a5857f82da503b9ad39b4fa2fd1491895e4bee9c984d1a70dd3429",
             "a USP user: SmolLM2-135M after conditional SFT on the packaged bank's conversations",
         ),
+        _adapter(
+            "profile-generator",
+            "81d4b2802cbdf9614dfd4fc640d2ecbca9d9b5402ad0df584281e137f589195b",
+            "reads a person's two paragraphs from what they said: SmolLM2-135M, distilled from the packaged bank's profiles",
+        ),
     )
 }
 

@@ -54,6 +54,7 @@ _ITEM = re.compile(r",\s+(?:and |then |and then |and finally |finally )?|\s*;\s*
 _SUBORDINATE = re.compile(
     r"(?:as|when|while|if|since|because|although|though|after|before|once|until|unless|given|in case)\b", re.IGNORECASE
 )
+_WORD = re.compile(r"\w")
 MIN_WORDS = 3
 
 
@@ -95,9 +96,11 @@ def sentences(prose: str) -> list[str]:
 
 
 def _split(sentence: str) -> list[str]:
+    if not _WORD.search(sentence):  # a line "..." or ";" states nothing
+        return []
     masked, kept = _mask(sentence.rstrip(" .!"))
     facts = [q for clause in _clauses(masked) for item in _items(clause) for q in _questions(item)]
-    return [_finish(_unmask(fact, kept)) for fact in facts]
+    return [_finish(fact) for fact in (_unmask(fact, kept) for fact in facts) if _WORD.search(fact)]
 
 
 def _mask(text: str) -> tuple[str, list[str]]:

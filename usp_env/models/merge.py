@@ -13,6 +13,8 @@ from usp_env.errors import UspError, require
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _KNOWN = ("LORA", "none")  # of `peft_type` and `bias`
+# Settings that change what is added to which weight: to overlook one would give another model without a word.
+_OTHER = ("use_dora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 
 def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
@@ -20,24 +22,28 @@ def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
 
     Args:
         base: Holds `model.safetensors` and what belongs to it.
-        adapter: A PEFT folder: LoRA on linear layers, one rank, no bias.
+        adapter: A PEFT folder: LoRA on linear layers, one rank and one alpha, no bias and no other trained weights.
         folder: An existing, empty folder.
 
     Raises:
-        UspError: The adapter is of another kind, or names weights that the base does not have.
+        UspError: The adapter is of another kind, names weights that the base does not have, or holds any that are no LoRA.
     """
     safetensors = require("safetensors.torch", "hf")
     config = json.loads((adapter / CONFIG).read_text("utf-8"))
-    if (config.get("peft_type"), config.get("bias", "none")) != _KNOWN or config.get("use_dora") or config.get("rank_pattern"):
-        raise UspError(f"{adapter}: expected plain LoRA of one rank without bias, got {config.get('peft_type')!r}")
+    if (config.get("peft_type"), config.get("bias", "none")) != _KNOWN or any(config.get(name) for name in _OTHER):
+        odd = {name: config[name] for name in ("peft_type", "bias", *_OTHER) if config.get(name)}
+        raise UspError(f"{adapter}: expected plain LoRA of one rank and one alpha without bias, got {odd}")
     scale = config["lora_alpha"] / (np.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     weights = safetensors.load_file(base / "model.safetensors")
     halves = safetensors.load_file(adapter / ADAPTER)
-    for name in sorted(n for n in halves if n.endswith(".lora_A.weight")):
+    pairs = {name: name.replace("lora_A", "lora_B") for name in sorted(halves) if name.endswith(".lora_A.weight")}
+    if left_over := halves.keys() ^ {*pairs, *pairs.values()}:  # other tensors, and halves without their other half
+        raise UspError(f"{adapter}: expected pairs of lora_A and lora_B alone, left over or missing: {min(left_over)}")
+    for name, other in pairs.items():
         target = name.removeprefix(_PREFIX).replace(".lora_A.weight", ".weight")
         if target not in weights:
             raise UspError(f"{adapter}: adapts {target!r}, which {base.name} does not have")
-        a, b = halves[name].float(), halves[name.replace("lora_A", "lora_B")].float()
+        a, b = halves[name].float(), halves[other].float()
         weights[target] = (weights[target].float() + scale * (b @ a)).to(weights[target].dtype)
     for file in base.iterdir():
         if file.name not in ("model.safetensors", "manifest.json") and file.is_file():

@@ -3,6 +3,9 @@
 Evidence is a list of units (turns, sentences), in order. Three views of the same pair: sentence vectors (what is it about),
 late interaction (for each token of the claim its best match in the evidence: Khattab and Zaharia, SIGIR 2020), and names and
 numbers, which either occur or do not. A claim with one detail changed keeps the first, and loses in the other two.
+
+Of a unit only the first 94 word pieces are compared: 57 of the 812 user turns of the packaged bank's `test` split are longer, and
+15 % of all their word pieces are never read. Names and numbers are looked for in its first 1,200 characters.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from usp_env.models import embedders
 from usp_env.models.features import normalise
 
 Array = npt.NDArray[Any]
-MAX_TOKENS = 96  # a unit is cut after this many word pieces, and before that after MAX_CHARS
+MAX_TOKENS = 96  # a unit is cut after this many word pieces (two of them special), and before that after MAX_CHARS
 MAX_CHARS = 1200
 LOW_LAYER = 2  # words keep their identity there; in the last layer they take on that of their sentence
 BATCH_SIZE = 64

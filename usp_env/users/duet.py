@@ -2,7 +2,8 @@
 
 After Luo et al. 2024 (DuetSim). The generator is a role-played user; the verifier is asked for yes or no about the whole
 instruction (with the profile in it), the conversation and the draft. Only a clear "no" refuses: what a verifier mumbles
-is no reason to redraw. When the retries are spent the last draft is taken.
+is no reason to redraw. When the retries are spent the last draft is taken, as is one that a verifier whose context is full
+could not read; such a reply's notes say `unjudged`.
 """
 
 from __future__ import annotations

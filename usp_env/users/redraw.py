@@ -42,7 +42,9 @@ class RedrawingBackend:
 
     A round is one call of the engine (and of the judge) for all open rows. The first draft has the row's own seed: a judge
     without objections changes nothing. `usage` counts the reply's own tokens; those of refused drafts and of the judge are
-    `extra_prompt_tokens` and `extra_completion_tokens`. Objections are in `notes`.
+    `extra_prompt_tokens` and `extra_completion_tokens`; a failed row has them too, for they are paid. Objections are in `notes`,
+    and `unjudged` where the conversation did not fit the judge: the draft is then taken, as a redraw would not fit either, and
+    whoever wants only judged utterances can tell.
 
     Args:
         inner: Makes the drafts.
@@ -125,16 +127,24 @@ def _redrawn(request: Request, attempt: int) -> Request:
 
 
 def _settled(history: Sequence[tuple[Generation, Verdict]]) -> Generation:
-    """The last draft, with what its predecessors and the judge cost; or the failure of the last verdict."""
+    """The last draft, or the failure of its verdict, with what else was paid for it: refused drafts and the judge."""
     draft, last = history[-1]
+    earlier = [old for old, _ in history[:-1]]
+    judged = [verdict.made for _, verdict in history if verdict.made is not None]
     if last.made is not None and last.made.error is not None:
-        return failed(last.made.error)
+        return _with_costs(failed(last.made.error), [*earlier, draft, *judged])
+    made = _with_costs(draft, [*earlier, *judged])
     if draft.error is not None:
-        return draft
+        return made
     objections = [verdict.objection for _, verdict in history if verdict.objection is not None]
-    extra = [old for old, _ in history[:-1]] + [verdict.made for _, verdict in history if verdict.made is not None]
+    notes: dict[str, Any] = {"objections": objections, "taken": last.objection is None} if objections else {}
+    if last.made is not None and last.made.finish_reason == "context_limit":
+        notes["unjudged"] = True
+    return replace(made, notes={**made.notes, **notes})
+
+
+def _with_costs(made: Generation, extra: Sequence[Generation]) -> Generation:
     if not extra:
-        return draft
+        return made
     costs = {f"extra_{key}": sum(g.usage.get(key, 0) for g in extra) for key in ("prompt_tokens", "completion_tokens")}
-    notes = {"objections": objections, "taken": last.objection is None} if objections else {}
-    return replace(draft, usage={**draft.usage, **costs}, notes={**draft.notes, **notes})
+    return replace(made, usage={**made.usage, **costs})

@@ -52,8 +52,7 @@ def hf() -> Backend:
     test_hf = pytest.importorskip("test_hf", exc_type=ImportError)
     from usp_env.backends.hf import HFBackend
 
-    # One row a batch: an id that no vocabulary holds fails the rows that are read with it.
-    return HFBackend(test_hf.tiny(scale=0.2), test_hf.tokenizer.__wrapped__(), micro_batch=1)
+    return HFBackend(test_hf.tiny(scale=0.2), test_hf.tokenizer.__wrapped__())
 
 
 @pytest.fixture(scope="module", params=["scripted", "hf", "cache", "strict", "coalesced"])

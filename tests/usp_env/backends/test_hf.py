@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 from usp_env.backends import decoding, hf  # noqa: E402
 from usp_env.backends.base import Backend, Request, Sampling  # noqa: E402
+from usp_env.backends.cache import CacheBackend  # noqa: E402
 from usp_env.backends.decoding import GROUP, gumbel_draw, nucleus_floor  # noqa: E402
 from usp_env.backends.hf import HFBackend  # noqa: E402
 from usp_env.backends.spec import parse  # noqa: E402
@@ -291,6 +292,43 @@ def test_requests_that_are_no_requests(backend):
         backend.generate([Request(token_ids=[5], adapter="nope")])
 
 
+def test_ids_without_an_embedding_fail_alone(tokenizer):
+    backend = HFBackend(tiny(), tokenizer)  # 300 embeddings, 259 of them in the tokenizer
+    sampling = Sampling(max_tokens=4)
+    good = [replace(r, sampling=sampling) for r in prompts(3)]
+    fine = backend.generate(good)
+    for unknown in (300, -1, 2**70):
+        made = backend.generate([*good[:1], Request(token_ids=[5, unknown], sampling=sampling), *good[1:]])
+        assert str(unknown) in str(made[1].error)
+        assert made[1].finish_reason == "error"
+        assert [g.token_ids for g in (made[0], *made[2:])] == [g.token_ids for g in fine]
+    assert backend.generate([Request(token_ids=[5, 299], sampling=sampling)])[0].error is None
+    with pytest.raises(BackendError, match="from 0 to 299, got 300"):
+        backend.generate([Request(token_ids=[300], sampling=sampling)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_fail_their_row(tokenizer, temperature, broken):
+    backend = HFBackend(tiny(), tokenizer, prefix_gib=0.01)
+    sampling = Sampling(temperature, 0.9, 8)
+    good, bad = (Request(token_ids=[40] * 20 + [last], sampling=sampling, seed=4) for last in (41, 250))
+    fine = backend.generate([good])[0]
+    backend.prefixes.clear()
+
+    def spoil(module, args, kwargs, output):
+        output.logits[(kwargs["input_ids"][:, -1] == 250), :, 7] = broken
+
+    backend.model.register_forward_hook(spoil, with_kwargs=True)
+    made = backend.generate([bad, good])
+    assert "NaN" in str(made[0].error)
+    assert (made[0].finish_reason, made[0].text, made[0].token_ids) == ("error", "", None)
+    assert (made[1].token_ids, made[1].error) == (fine.token_ids, None)
+    assert len(backend.prefixes) == 1  # nothing is kept of the broken row
+    with pytest.raises(BackendError, match="NaN"):
+        backend.generate([bad])
+
+
 def test_a_failing_model_is_a_backend_error(tokenizer, monkeypatch):
     backend = HFBackend(tiny(), tokenizer, micro_batch=2, prefix_gib=0.0)
     requests = [replace(r, sampling=Sampling(max_tokens=4)) for r in prompts(6)]
@@ -351,6 +389,30 @@ def test_identity_follows_the_weights(tokenizer, tmp_path):
     assert hf.hash_folder(tmp_path / "a") != before
     with pytest.raises(MissingAssetError, match="safetensors"):
         hf.hash_folder(tmp_path)
+
+
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_identity_and_records_follow_weights_written_in_place(tokenizer, tmp_path, monkeypatch, from_folder):
+    model = tiny()
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    spec = parse(f"{tmp_path}/m?device=cpu&dtype=float32")
+    backend = HFBackend.from_spec(spec) if from_folder else HFBackend(model, tokenizer)
+    cache = CacheBackend(backend, tmp_path / "replies.sqlite")
+    request = Request(token_ids=list(range(10, 40)), sampling=Sampling(max_tokens=12), seed=3)
+    before, old = backend.identity["weights"], cache.generate([request])[0]
+    assert cache.generate([request])[0].token_ids == old.token_ids
+    with torch.no_grad():
+        for weight in backend.model.parameters():
+            weight.add_(0.3 * weight.abs())
+    new = cache.generate([request])[0]
+    assert new.token_ids == HFBackend(backend.model, tokenizer, prefix_gib=0.0).generate([request])[0].token_ids
+    assert new.token_ids != old.token_ids
+    assert backend.identity["weights"] == hf._hash_parameters(backend.model) != before
+    monkeypatch.setattr(hf, "_hash_parameters", lambda model: pytest.fail("weights that nobody wrote to are digested once"))
+    assert cache.generate([request])[0].token_ids == new.token_ids
+    backend.mutable = True
+    assert backend.identity["weights"] == "live"
 
 
 def test_from_spec(tokenizer, tmp_path, monkeypatch):

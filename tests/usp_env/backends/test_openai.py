@@ -422,6 +422,13 @@ def test_the_end_of_conversation_is_read_from_ids(choice: dict[str, Any], expect
     assert (made.finish_reason, made.notes) == (expected, notes)
 
 
+def test_a_users_ids_find_the_tokenizer_that_bans_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("usp_env.backends.openai._local_renderer", lambda model, spec: TinyRenderer())
+    _, server = one(answer, Request(token_ids=(1, 2, 3), role="user", can_end=False))
+    assert server.seen[0].body["logit_bias"] == {"3": -100}
+    assert server.seen[0].body["stop_token_ids"] == [2, 4]
+
+
 def test_given_ids_need_no_tokenizer() -> None:
     made, server = one(lambda seen: answer(seen, token_ids=[5]), Request(token_ids=(1, 2, 3)))
     assert server.seen[0].body["prompt"] == [1, 2, 3]
@@ -431,8 +438,9 @@ def test_given_ids_need_no_tokenizer() -> None:
 def test_a_user_reply_without_a_tokenizer_is_explained() -> None:
     pytest.importorskip("transformers")
     backend = OpenAIBackend("no-such-model-here", ["http://127.0.0.1:9/v1"])
-    with pytest.raises(SpecError, match="needs the model's tokenizer"):
-        backend.generate([ask("hi", role="user")])
+    for request in (ask("hi", role="user"), Request(token_ids=(1, 2, 3), role="user")):
+        with pytest.raises(SpecError, match="needs the model's tokenizer"):
+            backend.generate([request])
 
 
 @pytest.mark.assets

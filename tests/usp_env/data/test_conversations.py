@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from usp_env.data import conversations, records
-from usp_env.data.conversations import Conversation, group_id, join, load
+from usp_env.data.conversations import Conversation, continued, group_id, join, load
 from usp_env.data.preprocessing import digest
 from usp_env.data.records import ConversationFormatError
 from usp_env.dialogue import Dialogue, Message
@@ -160,10 +160,30 @@ def test_hub_rows_are_streamed(monkeypatch):
     monkeypatch.delenv("USP_ENV_OFFLINE", raising=False)
     (c,) = load("lmsys-usp", split="validation")
     assert asked == {"name": "wangkevin02/LMSYS-USP", "split": "validation", "streaming": True}
-    assert (c.id, c.source) == ("LMSYS-USP:1", "wangkevin02/LMSYS-USP")
+    assert (c.id, c.source) == ("LMSYS-USP:validation:1", "wangkevin02/LMSYS-USP")
     monkeypatch.setenv("USP_ENV_OFFLINE", "1")
     with pytest.raises(MissingAssetError, match="USP_ENV_OFFLINE"):
         list(load("lmsys-usp"))
+
+
+def test_made_up_ids_of_different_splits_differ_and_given_ones_stay(monkeypatch):
+    def row(split: str) -> dict[str, Any]:
+        return {"profile": f"You {split}.\nYou are brief.", "conversation": [{"role": "user", "content": split}]}
+
+    class Hub:
+        @staticmethod
+        def load_dataset(name: str, split: str, streaming: bool) -> Any:
+            return iter([row(split), row(split) | {"id": "given"}])
+
+    monkeypatch.setattr(records, "require", lambda module, extra: Hub)
+    monkeypatch.delenv("USP_ENV_OFFLINE", raising=False)
+    train, test = list(load("lmsys-usp", split="train")), list(load("lmsys-usp", split="test"))
+    assert [c.id for c in (*train, *test)] == ["LMSYS-USP:train:1", "given", "LMSYS-USP:test:1", "given"]
+    assert [c.id for c in load("lmsys-usp")] == [c.id for c in train]  # the default split
+    bank = ProfileBank([c.profile for c in test[:1] if c.profile])
+    with pytest.raises(MissingAssetError, match="1 of 1 profiles"):
+        list(join(bank, train))
+    assert [d[0].content for _, d in join(bank, test)] == ["test"]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
@@ -277,6 +297,15 @@ def test_join_names_profiles_without_a_conversation():
 
 def test_group_id():
     assert [group_id(id) for id in ("QWJhYvA_0", "QWJhYvA_12#3", "5a1f", "a_b")] == ["QWJhYvA", "QWJhYvA", "5a1f", "a_b"]
+    # Ids of somebody's own are not ShareGPT's: they are as many people.
+    assert [group_id(id) for id in ("chat_12", "session_12", "chat_12#3")] == ["chat_12", "session_12", "chat_12"]
+
+
+def test_which_conversations_go_on_in_a_later_segment(tmp_path):
+    ids = ["QWJhYvA_9", "QWJhYvA_0", "QWJhYvA_10", "QWJhYvA_0#1", "chat_1", "chat_2", "x", "x#1", "x#2"]
+    file = tmp_path / "talks.jsonl"
+    file.write_text("".join(json.dumps({"id": id, "messages": []}) + "\n" for id in ids), "utf-8")
+    assert continued(file) == {"QWJhYvA_9", "QWJhYvA_0", "QWJhYvA_0#1", "x", "x#1"}
 
 
 def test_reading_an_array_takes_constant_memory(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ pytest.importorskip("tenacity")
 from extractor_server import breaks, call_of, conversation, extractor, good, says, talk  # noqa: E402
 from faulty_server import Action, Seen, serve, status  # noqa: E402
 
+from usp_env.backends.base import Generation, Sampling  # noqa: E402
 from usp_env.backends.openai import OpenAIBackend  # noqa: E402
 from usp_env.backends.scripted import ScriptedBackend  # noqa: E402
 from usp_env.cli import main  # noqa: E402
@@ -231,6 +232,19 @@ def test_splits_are_shares_of_people() -> None:
             parse_shares(wrong)
 
 
+def test_segments_of_one_conversation_share_a_split(tmp_path: Path) -> None:
+    # `own_1`, … are as many people; each ShareGPT conversation is one, whichever of its segments is read.
+    groups = [f"Abc{k:04}" for k in range(12)]
+    names = [f"{group}{segment}" for group in groups for segment in ("_0", "_9", "_9#1")] + [f"own_{k}" for k in range(36)]
+    talks = [Conversation(name, Dialogue.of(talk(1))) for name in names]
+    source = Distilled(ProfileGenerator(ScriptedBackend(["You trade.\n\nYou are brief."] * len(talks))), "tiny-1")
+    extract_bank(talks, tmp_path / "b.jsonl", source, splits=(0.4, 0.3, 0.3))
+    split = {record["id"]: record["split"] for record in lines(tmp_path / "b.jsonl")}
+    for group in groups:
+        assert {split[name] for name in names if name.startswith(group)} == {split_of(group, (0.4, 0.3, 0.3))}
+    assert {split[f"own_{k}"] for k in range(36)} == {split[f"{group}_0"] for group in groups} == {"train", "val", "test"}
+
+
 def test_a_bank_that_is_there_is_not_touched_unasked(tmp_path: Path) -> None:
     out = tmp_path / "bank.jsonl"
     with serve(extractor()) as (_, url):
@@ -356,12 +370,12 @@ def test_a_bank_of_own_conversations_goes_from_extraction_to_play(tmp_path: Path
 
 
 def test_a_profile_generator_writes_silver(tmp_path: Path) -> None:
-    backend = ScriptedBackend(["You trade.\n\nYou are brief.", "one paragraph", "You mend bikes.\n\nYou ramble."])
+    backend = ScriptedBackend(["You trade.\n\nYou are brief.", "one paragraph", "You mend bikes.\n\nYou ramble.", "one again"])
     seen: list[int] = []
     source = Distilled(ProfileGenerator(backend), "tiny-1", lambda seconds, made: seen.append(len(made)))
     out = tmp_path / "silver.jsonl"
     tally = extract_bank((conversation(i) for i in range(3)), out, source, splits=(1, 0, 0), text=False)
-    assert (tally.kept, dict(tally.dropped), seen) == (2, {"the generator wrote no two paragraphs": 1}, [3])
+    assert (tally.kept, dict(tally.dropped), seen) == (2, {"the generator wrote no two paragraphs within 320 tokens": 1}, [4])
     record = lines(out)[1]
     assert (record["id"], record["split"], record["silver"]) == ("c2", "train", "tiny-1")
     assert record["profile"] == {"objective": "You mend bikes.", "subjective": "You ramble."}
@@ -369,6 +383,15 @@ def test_a_profile_generator_writes_silver(tmp_path: Path) -> None:
     assert ProfileBank.load(out)[0].objective == "You trade."
     again = extract_bank((conversation(i) for i in range(3)), out, source, splits=(1, 0, 0), text=False, resume=True)
     assert (again.kept, again.done) == (0, 3)
+
+
+def test_a_silver_profile_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    cut = Generation("You trade.\n\nYou are br", finish_reason="length")
+    source = Distilled(ProfileGenerator(ScriptedBackend([cut, cut]), Sampling(max_tokens=9)), "tiny-1")
+    out = tmp_path / "silver.jsonl"
+    tally = extract_bank([conversation(0)], out, source)
+    assert (tally.kept, dict(tally.dropped)) == (0, {"the generator wrote no two paragraphs within 9 tokens": 1})
+    assert lines(out) == []
 
 
 def test_a_failed_call_of_a_profile_generator_is_done_another_time(tmp_path: Path) -> None:

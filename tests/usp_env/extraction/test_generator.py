@@ -10,7 +10,7 @@ from usp_env.backends.base import Generation, Request, Sampling
 from usp_env.backends.scripted import ScriptedBackend
 from usp_env.backends.spec import ModelSpec
 from usp_env.dialogue import Dialogue
-from usp_env.errors import BackendError, MissingAssetError, SpecError, UnknownNameError
+from usp_env.errors import BackendError, SpecError, UnknownNameError
 from usp_env.extraction.generator import (
     ProfileGenerator,
     ProfileTexts,
@@ -19,7 +19,6 @@ from usp_env.extraction.generator import (
     parse_profile,
     profile_messages,
 )
-from usp_env.models import assets
 
 GOOD = "You want soup.\n\nYou are terse."
 
@@ -93,11 +92,34 @@ def test_two_paragraphs_or_none(text: str, expected: tuple[str, str] | None) -> 
 
 def test_each_row_has_its_own_outcome() -> None:
     down = BackendError("server down")
-    backend = ScriptedBackend(["One paragraph.", down, GOOD, Generation("You want soup.\n\nYou are te", finish_reason="length")])
+    backend = ScriptedBackend(
+        ["One paragraph.", down, GOOD, Generation("You want soup.\n\nYou are te", finish_reason="length"), "1\n2\n3", GOOD]
+    )
     silent = Dialogue.of([{"role": "assistant", "content": "Hello?"}])
     rows = ProfileGenerator(backend).generate([talk("a"), Dialogue(), talk("b"), silent, talk("c"), talk("d")])
-    assert rows == [None, None, down, None, ("You want soup.", "You are terse."), ("You want soup.", "You are te")]
-    assert backend.batches == [4]  # nobody is asked about people who said nothing
+    assert rows == [None, None, down, None, *[("You want soup.", "You are terse.")] * 2]  # what was cut off is no profile
+    assert backend.batches == [4, 2]  # nobody is asked about people who said nothing
+
+
+def test_what_is_not_two_paragraphs_is_drawn_once_more_with_a_fixed_seed() -> None:
+    backend = ScriptedBackend(["One.\n\nTwo.\n\nThree.", GOOD, "You want soup.\n\nYou are terse."])
+    rows = ProfileGenerator(backend, Sampling(max_tokens=90)).generate([talk("a"), talk("b")])
+    assert rows == [("You want soup.", "You are terse.")] * 2
+    first, _, again = backend.history
+    assert (again.messages, again.seed) == (first.messages, first.seed)
+    assert (again.sampling.temperature, again.sampling.max_tokens) == (0.7, 90)
+
+
+def test_a_second_try_that_fails_leaves_the_others_their_profiles() -> None:
+    class DownNext(ScriptedBackend):
+        def generate(self, requests: Sequence[Request]) -> list[Generation]:
+            if self.batches:
+                raise BackendError("gone")
+            return super().generate(requests)
+
+    lost, kept = ProfileGenerator(DownNext(["?", GOOD])).generate([talk("a"), talk("b")])
+    assert isinstance(lost, BackendError)
+    assert kept == ("You want soup.", "You are terse.")
 
 
 def test_without_anyone_to_ask_about_nobody_is_asked() -> None:
@@ -197,16 +219,20 @@ def source(asked: list[ModelSpec]) -> object:
     return lambda spec: asked.append(spec) or ScriptedBackend([], spec=str(spec))
 
 
-def test_the_packaged_generator(monkeypatch: pytest.MonkeyPatch, asked: list[ModelSpec], source: object) -> None:
-    monkeypatch.setattr(assets, "ASSETS", {})
-    with pytest.raises(MissingAssetError, match=r"python -m training\.profile_generator.*wangkevin02/Profile_Generator"):
-        load_generator(source=source)
-    load_generator("openai:profile-generator@http://x/v1", source)  # a server's own model of that name
-    asked.clear()
-    monkeypatch.setattr(assets, "ASSETS", {"profile-generator": None})
+def test_the_packaged_generator(asked: list[ModelSpec], source: object) -> None:
     generator = load_generator("profile-generator?max_tokens=400", source)
     assert asked == [ModelSpec("hf", "profile-generator", (), {"max_tokens": 400})]
     assert (generator.adapter, generator.sampling) == (None, Sampling(0.0, max_tokens=400))
+    assert (generator.context, load_generator("openai:profile-generator@http://x/v1", source).context) == (768, 768)
+
+
+@pytest.mark.assets
+def test_what_the_packaged_generator_reads() -> None:
+    pytest.importorskip("torch")
+    baker, coder = load_generator().generate([talk("how do I bake rye bread?"), talk("fix this java NullPointerException pls")])
+    assert "bread" in baker.objective
+    assert "Java" in coder.objective
+    assert baker.subjective != coder.subjective
 
 
 def test_an_adapter_of_ones_own(asked: list[ModelSpec], source: object) -> None:

@@ -97,6 +97,10 @@ def test_cohen_kappa_weighs_ordered_labels():
     pytest.importorskip("sklearn")
     a, near, far = [1, 2, 3, 1, 2, 3], [1, 2, 3, 2, 2, 3], [1, 2, 3, 3, 2, 3]
     assert cohen_kappa(a, near, "quadratic") > cohen_kappa(a, far, "quadratic")
+    # low, mid, high are 0, 1, 2: 1 - (1 + 1 + 0)/3 over (9 + 2 + 1)/9; sorted, high comes first: 1 - (1 + 4 + 0)/3 over (3 + 8 + 4)/9
+    a, b = ["low", "mid", "high"], ["mid", "high", "high"]
+    assert cohen_kappa(a, b, "quadratic", ["low", "mid", "high"]) == pytest.approx(0.5)
+    assert cohen_kappa(a, b, "quadratic") == pytest.approx(0)
 
 
 def test_cohen_kappa_without_choice_is_no_number():

@@ -122,6 +122,15 @@ def test_kappa_by_hand() -> None:
     assert near > far
 
 
+def test_weighted_kappa_measures_in_scores_of_which_some_were_never_given() -> None:
+    pytest.importorskip("sklearn")
+    # judge 1 2 5, person 1 5 5: 1 − Σ d(a_i, b_i) / n over Σ d(a_i, b_j) / n²
+    # |a − b|: (0 + 3 + 0)/3 over (8 + 7 + 4)/9; squared: (0 + 9 + 0)/3 over (32 + 19 + 16)/9
+    assert c.kappa_with_humans([1, 2, 5], [1, 5, 5], "linear") == pytest.approx(1 - 9 / 19)
+    assert c.kappa_with_humans([1, 2, 5], [1, 5, 5], "quadratic") == pytest.approx(1 - 27 / 67)
+    assert c.kappa_with_humans([9, 9], [9, 9], "quadratic") != c.kappa_with_humans([9, 9], [9, 9], "quadratic")  # NaN
+
+
 def test_kappa_without_meaning() -> None:
     for a, b in (([], []), ([1, 1], [1, 1]), ([NAN], [1])):
         assert c.kappa_with_humans(a, b) != c.kappa_with_humans(a, b)  # NaN

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from usp_env.dialogue import Dialogue
-from usp_env.errors import SpecError
+from usp_env.errors import SpecError, UnknownNameError
 from usp_env.metrics import continuity as c
 from usp_env.metrics.consistency import DialogueTurns, ProfileText
 
@@ -50,10 +50,16 @@ def test_the_thresholds_of_early_stop_are_arguments() -> None:
 def test_companions_of_early_stop() -> None:
     talks = [talk("a"), talk("a", "b", "c"), talk()]
     assert c.user_turns(talks).tolist() == [1, 3, 0]
-    assert c.ended_by_user(["user_ended", "gratitude_loop", "max_turns", "infra_failure"]).tolist() == [1, 0, 0, 0]
+    assert c.ended_by_user(["user_ended", "gratitude_loop", "turn_limit", "infra"]).tolist() == [1, 0, 0, 0]
     assert c.turn_count_distance(talks[:2], talks[:2]) == 0
     assert c.turn_count_distance([talk("a")] * 3, [talk(*"abc")]) == 2
     assert np.isnan(c.turn_count_distance([], [talk("a")]))
+
+
+@pytest.mark.parametrize("value", ["completed", "infra_failure", "max_turns", ""])
+def test_what_is_no_end_reason_is_not_counted_as_not_ended(value: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"unknown end reason '{value}'"):
+        c.ended_by_user(["user_ended", value])
 
 
 def test_termination_by_hand() -> None:

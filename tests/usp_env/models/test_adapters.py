@@ -32,15 +32,16 @@ def test_the_byte_budget() -> None:
 
 
 @pytest.mark.assets
-def test_usp_mini_is_its_base_with_its_adapter() -> None:
-    if not assets.available("usp-mini-sft"):
-        pytest.skip("needs usp-env fetch usp-mini-sft")
+@pytest.mark.parametrize("asset", ADAPTERS, ids=lambda asset: asset.name)
+def test_a_fetched_model_is_its_base_with_its_adapter(asset: assets.Asset) -> None:
+    if not assets.available(asset.name):
+        pytest.skip(f"needs usp-env fetch {asset.name}")
     torch = pytest.importorskip("torch")
     load = pytest.importorskip("safetensors.torch").load_file
-    merged, base = (load(assets.path(name) / "model.safetensors") for name in ("usp-mini-sft", "smollm2-135m"))
+    merged, base = (load(assets.path(name) / "model.safetensors") for name in (asset.name, asset.base))
     assert merged.keys() == base.keys()
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert len(changed) == 20 * 7
     assert all(base[name].dtype == merged[name].dtype for name in base)
-    assert assets.manifest("usp-mini-sft")["base"] == "smollm2-135m"
-    assert assets.verify("usp-mini-sft") == []
+    assert assets.manifest(asset.name)["base"] == asset.base
+    assert assets.verify(asset.name) == []

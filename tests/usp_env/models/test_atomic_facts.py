@@ -88,3 +88,10 @@ def test_every_profile_splits_and_loses_no_content_word() -> None:
 def test_same_prose_same_facts() -> None:
     prose = next(iter(CASES))
     assert atomic_facts(prose) == atomic_facts(prose)
+
+
+@pytest.mark.parametrize("mark", ["...", "!", ";", "-", "(!)", "…", " . "])
+def test_a_line_without_a_word_is_no_fact(mark: str) -> None:
+    assert atomic_facts(mark) == []
+    assert atomic_facts(f"You like tea.\n{mark}\nYou sew.") == ["You like tea.", "You sew."]
+    assert atomic_facts("- -, - -; you like tea.") == ["You like tea."]

@@ -45,7 +45,12 @@ def test_hand_computed(tmp_path, config, scale) -> None:
     assert sorted(f.name for f in out.iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("config", [{"peft_type": "IA3"}, {"bias": "all"}, {"use_dora": True}, {"rank_pattern": {"q": 4}}])
+UNMERGED = [{"alpha_pattern": {"q": 8}}, {"modules_to_save": ["lm_head"]}, {"use_qalora": True}, {"fan_in_fan_out": True}]
+
+
+@pytest.mark.parametrize(
+    "config", [{"peft_type": "IA3"}, {"bias": "all"}, {"use_dora": True}, {"rank_pattern": {"q": 4}}, *UNMERGED]
+)
 def test_other_adapters_are_refused(tmp_path, config) -> None:
     with pytest.raises(UspError, match="expected plain LoRA"):
         merge_adapter(*folders(tmp_path, config, halves()))
@@ -54,6 +59,18 @@ def test_other_adapters_are_refused(tmp_path, config) -> None:
 def test_an_adapter_of_another_model_is_refused(tmp_path) -> None:
     with pytest.raises(UspError, match=r"adapts 'model.k.weight', which base does not have"):
         merge_adapter(*folders(tmp_path, {}, halves("k")))
+
+
+@pytest.mark.parametrize("name", ["base_model.model.lm_head.weight", "base_model.model.model.q.lora_B.bias"])
+def test_a_tensor_that_would_be_left_out_is_refused(tmp_path, name) -> None:
+    with pytest.raises(UspError, match=rf"expected pairs of lora_A and lora_B alone, left over or missing: {name}$"):
+        merge_adapter(*folders(tmp_path, {}, halves() | {name: torch.ones(2)}))
+
+
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_half_a_pair_is_refused(tmp_path, half) -> None:
+    with pytest.raises(UspError, match=r"missing: base_model.model.model.q.lora_B.weight$"):
+        merge_adapter(*folders(tmp_path, {}, {n: t for n, t in halves().items() if half in n}))
 
 
 def test_it_is_what_peft_merges(tmp_path) -> None:

@@ -93,14 +93,16 @@ def test_what_an_embedder_returns_is_checked(embed: Any, message: str) -> None:
 
 def test_the_reward_reads_each_dialogue_once() -> None:
     down = BackendError("down")
-    backend = ScriptedBackend(["You bake.\n\nYou are terse.", "I cannot tell.", down, "You cook.\n\nYou are brief."])
+    backend = ScriptedBackend(
+        ["You bake.\n\nYou are terse.", "I cannot tell.", down, "You cook.\n\nYou are brief.", "I still cannot."]
+    )
     embed = Axes()
     reward = CycleConsistency(ProfileGenerator(backend), embed)
     blank = Profile("b", "You cook.", " ")
     dialogues = [talk("bread?", "Yes."), talk("hm"), talk("soup"), talk("stew"), Dialogue(), talk("soup")]
     terms = reward([COOK, COOK, COOK, COOK, COOK, blank], dialogues)
     assert terms == [RewardTerms(dialogue={"cycle": 0.8}), None, down, RewardTerms(dialogue={"cycle": 0.8}), None, None]
-    assert (backend.batches, len(embed.calls)) == ([4], 1)
+    assert (backend.batches, len(embed.calls)) == ([4, 1], 1)
     assert (reward.name, reward.when) == ("cycle", "end")
 
 

@@ -19,7 +19,7 @@ VIEW = TALK.view_for("user", COOK)
 
 
 def ask(
-    drafts: list[str], answers: list[str | BackendError], views: list[View], options: str = ""
+    drafts: list[str], answers: list[str | Generation | BackendError], views: list[View], options: str = ""
 ) -> tuple[list[Reply], ScriptedBackend, ScriptedBackend]:
     generator, verifier = ScriptedBackend(drafts), ScriptedBackend(answers)
 
@@ -76,3 +76,14 @@ def test_a_failed_verdict_fails_its_row_alone() -> None:
     replies, _, _ = ask(["a", "b"], [BackendError("down"), "yes"], [VIEW] * 2)
     assert (str(replies[0].error), replies[0].text) == ("down", "")
     assert (replies[1].error, replies[1].text) == (None, "b")
+
+
+def test_a_verifier_whose_context_is_full_consents_to_nothing_and_the_notes_say_so() -> None:
+    full = Generation("", finish_reason="context_limit", usage={"prompt_tokens": 5000})
+    replies, generator, _ = ask(["a", "b"], ["no", full], [VIEW])
+    assert (replies[0].text, len(generator.history)) == ("b", 2)
+    assert isinstance(replies[0].generation, Generation)
+    assert replies[0].generation.notes == {"objections": ["refused"], "taken": True, "unjudged": True}
+    replies, generator, _ = ask(["a"], [full], [VIEW])
+    assert isinstance(replies[0].generation, Generation)
+    assert replies[0].generation.notes == {"unjudged": True}

@@ -92,6 +92,24 @@ def test_a_failed_verdict_fails_its_row() -> None:
     assert made[1].usage["extra_completion_tokens"] == 3
 
 
+def test_a_failed_row_tells_what_was_paid_for_it() -> None:
+    def judge(requests: Sequence[Request], drafts: Sequence[Generation]) -> Steps:
+        yield from ()
+        down = Generation("", finish_reason="error", error=BackendError("judge down"))
+        return [Verdict("no", said("no!")) if d.text == "a" else Verdict(made=down) for d in drafts]
+
+    # Draft "a" (10 + 1 tokens) and its verdict (10 + 3), then draft "long" (10 + 4), whose verdict fails.
+    verdict = RedrawingBackend(ScriptedBackend([said("a"), said("long")]), judge).generate(asked(1))[0]
+    assert str(verdict.error) == "judge down"
+    assert verdict.usage == {"extra_prompt_tokens": 30, "extra_completion_tokens": 8}
+    # Draft "a" and its verdict, then a draft that fails.
+    draft = RedrawingBackend(ScriptedBackend([said("a"), BackendError("down")]), judge).generate(asked(1))[0]
+    assert (str(draft.error), draft.text) == ("down", "")
+    assert {kind: draft.usage[kind] for kind in draft.usage if kind.startswith("extra")} == {
+        "extra_prompt_tokens": 20, "extra_completion_tokens": 4,
+    }  # fmt: skip
+
+
 def test_identity_and_the_async_door() -> None:
     inner = ScriptedBackend(lambda request: "long", spec="one")
     backend = RedrawingBackend(inner, short, 2, lambda: {"rule": "short"})

@@ -1,0 +1,67 @@
+"""The commands on the benchmarks' page: each measures again what stands there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import env_overhead, novelty, real_servers, side_by_side
+from benchmarks.page import Section, command_line
+
+PYTHON = "PATH-TO-PYTHON"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shown"),
+    [
+        ("novelty", "", ""),
+        ("env_overhead", "--latency 1.0 --steps 22", ""),
+        ("env_overhead", "--steps 4 --num-envs 2 8", "--num-envs 2 8 --steps 4"),
+        ("multi_turn", "--model 'smollm2-135m?lanes=2'", "--model 'smollm2-135m?lanes=2'"),
+        ("side_by_side", "--tau2-python /home/me/tau2/bin/python", f"--tau2-python {PYTHON}"),
+        ("real_servers", "--server transformers --lanes 8", "--server transformers --lanes 8"),
+        ("rollout_throughput", "--skip-loop --turns=2", "--turns 2 --skip-loop"),
+    ],
+)
+def test_a_command_names_the_options_that_are_no_defaults(name: str, options: str, shown: str) -> None:
+    parser = importlib.import_module(f"benchmarks.{name}").parser()
+    args = parser.parse_args(shlex.split(options))
+    line = command_line(name, parser, args)
+    assert line == f"python -m benchmarks.{name} {shown}".strip()
+    again = parser.parse_args(shlex.split(line)[3:])
+    assert {k: v for k, v in vars(again).items() if v != PYTHON} == {k: v for k, v in vars(args).items() if "/home" not in str(v)}
+
+
+def section(module: Any, options: str) -> Section:
+    made = module.section(module.parser().parse_args(options.split()))
+    assert isinstance(made, Section)
+    return made
+
+
+def test_sections_tell_the_command_that_was_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_servers, "measure", lambda args, folder: [])
+    options = "--server transformers --server-python /home/me/bin/python --lanes 8"
+    server = section(real_servers, options)
+    assert "8 at a time" in server.text
+    assert server.command == f"python -m benchmarks.real_servers {options.replace('/home/me/bin/python', PYTHON)}"
+
+    monkeypatch.setattr(env_overhead, "overhead", lambda *args: 1.0)
+    monkeypatch.setattr(env_overhead, "share_of_ideal", lambda *args: 1.0)
+    assert section(env_overhead, "--num-envs 2").command == "python -m benchmarks.env_overhead --num-envs 2"
+
+    rate = side_by_side.Rate([1.0], 1)
+    monkeypatch.setattr(side_by_side, "server", lambda latency: nullcontext(("", [0, 0, 0])))
+    monkeypatch.setattr(side_by_side, "ours", lambda *args: rate)
+    monkeypatch.setattr(side_by_side, "tau2", lambda *args: rate)
+    beside = section(side_by_side, "--num 4 --tau2-python /home/me/bin/python")
+    assert beside.command == f"python -m benchmarks.side_by_side --num 4 --tau2-python {PYTHON}"
+
+    result = json.dumps({"seconds": [1.0], "peak": 1, "error": 0.0})
+    monkeypatch.setattr(novelty.subprocess, "run", lambda *args, **more: SimpleNamespace(stdout=result))
+    assert section(novelty, "--m 10").command == "python -m benchmarks.novelty --m 10"
