@@ -174,6 +174,7 @@ def test_names_are_suggested(settings: dict[str, object], error: str) -> None:
 
 def test_the_user_seats_default_reward_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("USP_ENV_HOME", str(tmp_path))
+    monkeypatch.setattr("usp_env.backends._loaded", {})  # another test may have it
     with pytest.raises(MissingAssetError, match=r"usp-env fetch.*reward=None"):
         gym.make("usp_env/User-v0", assistant="scripted")
 

@@ -18,7 +18,7 @@ from usp_env import users
 from usp_env.backends.scripted import ScriptedBackend
 from usp_env.dialogue import Dialogue
 from usp_env.errors import MissingAssetError, SpecError, UnknownNameError
-from usp_env.extraction.generator import ProfileTexts, load_generator
+from usp_env.extraction.generator import load_generator
 from usp_env.models import embedders, hub
 from usp_env.profiles import Profile
 from usp_env.rewards.consistency import PromptToLine
@@ -202,8 +202,10 @@ def test_profile_generator_reads_its_prompt(prompts, tmp_path) -> None:
     folder = language_model(tmp_path / "gen", INSTRUCT_TEMPLATE, {"Ċ": "h", "h": "Ċ"})
     generator = load_generator(f"{folder}?max_tokens=3")
     talk = Dialogue.of([*(m.chat() for m in TALK), {"role": "user", "content": "thanks"}])
-    assert generator.generate([talk]) == [ProfileTexts("h", "h")]
-    assert prompts == [GENERATOR_PROMPT]
+    made = []
+    assert generator.generate([talk], made.extend) == [None]  # it never ends, so that it is cut off and asked once more
+    assert [(g.text, g.finish_reason) for g in made] == [("h\nh", "length")] * 2
+    assert prompts == [GENERATOR_PROMPT] * 2
     assert generator.context == 4096
 
 
