@@ -19,8 +19,8 @@ from typing import Any
 from usp_env.errors import MissingAssetError, ProfileFormatError, UnknownNameError
 from usp_env.files import read_text
 
-PACKAGED = {"sharegpt": "sharegpt_profiles.jsonl", "sharegpt-silver": "sharegpt_silver.jsonl"}
-"""Banks that ship. Silver profiles were written by the packaged profile generator, without attributes."""
+PACKAGED = {"sharegpt": "sharegpt_profiles.jsonl"}
+"""Banks that ship, and their files."""
 SPLITS = ("train", "val", "test")
 VIRTUAL_PREFIX = "virtual:"
 
@@ -124,7 +124,7 @@ class ProfileBank(Sequence[Profile]):
 
     @classmethod
     def load(cls, bank: str | Path, split: str | None = None) -> ProfileBank:
-        """Read a bank: `"sharegpt"` or `"sharegpt-silver"` (packaged), or a JSONL file.
+        """Read a bank: `"sharegpt"` (packaged) or a JSONL file.
 
         Reserved conversations are left out, with a warning that says how many.
 

@@ -37,7 +37,9 @@ def test_reserved_profiles_are_left_out_with_a_warning(tmp_path: object) -> None
 
 
 def test_round_trip_keeps_odd_characters(tmp_path: object) -> None:
-    odd = Profile("a\u2028b", "You write\u2028lines\x85 and 你好 🙂.", "Terse.\n\nTwo paragraphs.", split="val", user_id="u1")
+    odd = Profile(
+        "a\u2028b", "You write\u2028lines\x85 and 你好 🙂.", "Terse.\n\nTwo paragraphs.", split="val", user_id="u1", silver="g-1"
+    )
     ProfileBank([odd]).save(tmp_path / "x.jsonl")
     assert ProfileBank.load(tmp_path / "x.jsonl")[0] == Profile(**{**{f: getattr(odd, f) for f in odd.__slots__}, "source": "x"})
 
@@ -54,6 +56,7 @@ def test_round_trip_keeps_odd_characters(tmp_path: object) -> None:
         (json.dumps({"id": "a", "profile": {"objective": "\ud800", "subjective": "x"}}), "profile.objective"),
         (json.dumps({**GOOD, "split": "dev"}), "split"),
         (json.dumps({**GOOD, "user_id": 3}), "user_id"),
+        (json.dumps({**GOOD, "silver": True}), "silver"),
         (json.dumps({**GOOD, "objective_facts": []}), "objective_facts"),
         (json.dumps({**GOOD, "conversation": {}}), "conversation"),
         (json.dumps({**GOOD, "id": "\ud800"}), "(line)"),

@@ -35,7 +35,7 @@ from usp_env.extraction.distilled import Distilled  # noqa: E402
 from usp_env.extraction.extractor import Extractor  # noqa: E402
 from usp_env.extraction.generator import ProfileGenerator  # noqa: E402
 from usp_env.extraction.run import extract_bank, parse_shares, split_of  # noqa: E402
-from usp_env.profiles import ProfileBank, reserved_ids  # noqa: E402
+from usp_env.profiles import Profile, ProfileBank, combine, reserved_ids  # noqa: E402
 
 
 def reader(url: str, **options: Any) -> Extractor:
@@ -380,7 +380,9 @@ def test_a_profile_generator_writes_silver(tmp_path: Path) -> None:
     assert (record["id"], record["split"], record["silver"]) == ("c2", "train", "tiny-1")
     assert record["profile"] == {"objective": "You mend bikes.", "subjective": "You ramble."}
     assert not {"objective_facts", "conversation"} & set(record)
-    assert ProfileBank.load(out)[0].objective == "You trade."
+    trader, mender = ProfileBank.load(out)
+    assert (trader.objective, trader.silver) == ("You trade.", "tiny-1")
+    assert combine(mender, Profile("a", "You sew.", "You ramble.")).silver == "tiny-1"
     again = extract_bank((conversation(i) for i in range(3)), out, source, splits=(1, 0, 0), text=False, resume=True)
     assert (again.kept, again.done) == (0, 3)
 
