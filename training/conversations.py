@@ -6,7 +6,8 @@ from functools import cache
 
 from usp_env.data import conversations
 from usp_env.dialogue import Dialogue
-from usp_env.profiles import Profile, ProfileBank
+from usp_env.errors import SpecError
+from usp_env.profiles import PACKAGED, Profile, ProfileBank
 
 
 @cache
@@ -17,8 +18,28 @@ def of_split(bank: str, split: str) -> tuple[tuple[Profile, Dialogue], ...]:
         bank: `sharegpt` (its conversations come from the package of that name), or a JSONL bank whose lines hold theirs.
         split: `train`, `val` or `test`.
     """
-    people = ProfileBank.load(bank, split)
-    found = conversations.join(people, conversations.load(bank, ids={profile.id for profile in people}))
+    return _joined(ProfileBank.load(bank, split), bank)
+
+
+def silver_of(silver: str, bank: str) -> tuple[tuple[Profile, Dialogue], ...]:
+    """The `train` profiles of a silver bank and their conversations, from where the gold bank's come.
+
+    Args:
+        silver: A JSONL bank that a profile generator wrote (`usp-env profiles extract --generator`).
+        bank: The gold bank, as in `of_split`. Of a JSONL bank the conversations are the silver lines' own.
+
+    Raises:
+        SpecError: Somebody is in both: a person of the validation or the test would be trained on.
+    """
+    people = ProfileBank.load(silver, "train")
+    both = {profile.id for profile in people} & {profile.id for profile in ProfileBank.load(bank)}
+    if both:
+        raise SpecError(f"--silver {silver}: expected people who are not in {bank!r}, {len(both)} are: {min(both)!r} …")
+    return _joined(people, bank if bank in PACKAGED else silver)
+
+
+def _joined(people: ProfileBank, source: str) -> tuple[tuple[Profile, Dialogue], ...]:
+    found = conversations.join(people, conversations.load(source, ids={profile.id for profile in people}))
     return tuple(sorted(found, key=lambda pair: pair[0].id))
 
 

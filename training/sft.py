@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.conversations import continued, of_split
+from training.conversations import continued, of_split, silver_of
 from training.sft_rows import IGNORED, Limits, Row, make_rows
 from usp_env.models import assets
 from usp_env.rendering import Renderer
@@ -31,6 +31,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def parser() -> argparse.ArgumentParser:
     """The program's options."""
     made = training_options(__doc__)
+    made.add_argument("--silver", metavar="FILE", help="a bank of more people, whose profiles a profile generator wrote")
     made.add_argument("--no-profile", action="store_true", help="PlatoLM: the same turns, no profile")
     made.add_argument("--max-tokens", type=int, default=640, help="longest row; later turns are left out whole")
     made.add_argument("--reply-tokens", type=int, nargs="*", default=[], help="cut replies to lengths drawn from these")
@@ -197,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {}
     for split, limit in (("train", args.limit), ("val", args.eval_limit)):
         pairs = of_split(args.bank, split)[:limit]
+        if split == "train" and args.silver:
+            pairs += silver_of(args.silver, args.bank)
         rows[split] = list(make_rows(renderer, pairs, not args.no_profile, limits, continued(args.bank)))
     fit(model, tokenizer, rows["train"], rows["val"], args)
 

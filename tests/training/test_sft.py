@@ -113,6 +113,28 @@ def test_the_program_trains_no_end_of_a_continued_conversation(renderer, tmp_pat
     assert [row.labels[-1] == renderer.end_of_conversation_id for row in found] == [False, True]
 
 
+def test_silver_people_are_trained_on_but_nobody_of_the_gold_bank(renderer, tmp_path, monkeypatch) -> None:
+    talk = [{"role": m.role, "content": m.content} for m in TALK]
+    prose = {"objective": "You ask.", "subjective": "You write."}
+
+    def bank(name: str, *people: tuple[str, str]) -> str:
+        lines = [{"id": i, "split": split, "profile": prose, "conversation": talk} for i, split in people]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+        return str(tmp_path / name)
+
+    gold = bank("gold.jsonl", ("a", "train"), ("v", "val"))
+    found = []
+    monkeypatch.setattr(sft, "load_model", lambda args: (None, renderer.tokenizer))
+    monkeypatch.setattr(
+        sft, "fit", lambda model, tokenizer, train, val, args: found.extend([[r.id for r in train], [r.id for r in val]])
+    )
+    command = ["--out", str(tmp_path), "--bank", gold, "--silver"]
+    sft.main([*command, bank("silver.jsonl", ("s", "train"), ("t", "val"))])
+    assert found == [["a", "s"], ["v"]]
+    with pytest.raises(SpecError, match="not in .*gold.jsonl.*1 are: 'v'"):
+        sft.main([*command, bank("leak.jsonl", ("s", "train"), ("v", "train"))])
+
+
 def test_rows_keep_their_limit_with_the_end_of_the_conversation(renderer) -> None:
     whole = len(rows_of(renderer, TALK)[0].input_ids)
     for tokens in range(whole - 6, whole + 1):

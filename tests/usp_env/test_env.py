@@ -173,6 +173,7 @@ def test_names_are_suggested(settings: dict[str, object], error: str) -> None:
 
 
 def test_the_user_seats_default_reward_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     monkeypatch.setenv("USP_ENV_HOME", str(tmp_path))
     monkeypatch.setattr("usp_env.backends._loaded", {})  # another test may have it
     with pytest.raises(MissingAssetError, match=r"usp-env fetch.*reward=None"):
@@ -182,6 +183,7 @@ def test_the_user_seats_default_reward_says_how_to_do_without(monkeypatch: pytes
 @pytest.mark.assets
 def test_the_user_seats_default_reward_pays_the_one_who_speaks_as_the_profile_does() -> None:
     """`0.8*cycle+0.2*human` on the packaged models: the person's own words against a stranger's."""
+    pytest.importorskip("torch")
     person = ProfileBank.load("sharegpt").get("274bRF0_0")
     own = [
         "give me a list of 20 objections landlords in the UK have when i ask to rent their flat for subletting",
