@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import env_overhead, novelty, real_servers, side_by_side
@@ -65,3 +68,12 @@ def test_sections_tell_the_command_that_was_run(monkeypatch: pytest.MonkeyPatch)
     result = json.dumps({"seconds": [1.0], "peak": 1, "error": 0.0})
     monkeypatch.setattr(novelty.subprocess, "run", lambda *args, **more: SimpleNamespace(stdout=result))
     assert section(novelty, "--m 10").command == "python -m benchmarks.novelty --m 10"
+
+
+def test_the_peak_of_a_benchmark_is_its_own() -> None:
+    ballast = np.ones(40_000_000)  # 320 MB of the parent's
+    code = "from benchmarks.novelty import peak_bytes; print(peak_bytes())"
+    ours = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert ours < 320e6
+    assert ballast.sum() == 4e7
+    assert novelty.peak_bytes() > 320e6
