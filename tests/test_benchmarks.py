@@ -61,7 +61,7 @@ def test_sections_tell_the_command_that_was_run(monkeypatch: pytest.MonkeyPatch)
     rate = side_by_side.Rate([1.0], 1)
     monkeypatch.setattr(side_by_side, "server", lambda latency: nullcontext(("", [0, 0, 0])))
     monkeypatch.setattr(side_by_side, "ours", lambda *args: rate)
-    monkeypatch.setattr(side_by_side, "tau2", lambda *args: rate)
+    monkeypatch.setattr(side_by_side, "tau2", lambda *args: (rate, 0))
     beside = section(side_by_side, "--num 4 --tau2-python /home/me/bin/python")
     assert beside.command == f"python -m benchmarks.side_by_side --num 4 --tau2-python {PYTHON}"
 
@@ -77,3 +77,22 @@ def test_the_peak_of_a_benchmark_is_its_own() -> None:
     assert ours < 320e6
     assert ballast.sum() == 4e7
     assert novelty.peak_bytes() > 320e6
+
+
+@pytest.mark.parametrize(("hangs", "expected"), [(0, ([1.0, 2.0], 0)), (2, ([1.0, 2.0], 2)), (3, (None, 3))])
+def test_a_run_of_another_environment_that_hangs_is_begun_again(
+    monkeypatch: pytest.MonkeyPatch, hangs: int, expected: Any
+) -> None:
+    left = [hangs]
+    counts = [0, 0, 0]
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        left[0] -= 1
+        counts[0] += 6  # calls that the server saw: two of each repetition
+        if left[0] >= 0:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return SimpleNamespace(stdout="[9.0, 1.0, 2.0]\n")
+
+    monkeypatch.setattr(side_by_side.subprocess, "run", run)
+    rate, hung = side_by_side.tau2("python", "url", counts, num=1, turns=1, repeats=2)
+    assert (rate and rate.seconds, hung) == expected
