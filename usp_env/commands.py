@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from usp_env import backends, commands_profiles
+from usp_env import backends, commands_benchmark, commands_evaluate, commands_profiles
 from usp_env.backends.base import Backend
 from usp_env.backends.spec import ModelSpec
 from usp_env.chat import chat
@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         "profiles_sample": commands_profiles.sample,
         "profiles_plot": commands_profiles.plot,
         "check": check,
+        "evaluate": commands_evaluate.evaluate,
+        "benchmark": commands_benchmark.benchmark,
         "report": report,
     }
     return handlers[name](arguments)

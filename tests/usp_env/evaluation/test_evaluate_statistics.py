@@ -1,0 +1,170 @@
+"""Entries, differences and intervals of the card, on values that can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from usp_env.dialogue import Dialogue
+from usp_env.evaluation import resampling, shape
+from usp_env.evaluation.assemble import differences, entries, scores
+from usp_env.evaluation.card import not_measured
+from usp_env.evaluation.columns import Column, Measurement, Missing, Whole
+from usp_env.evaluation.people import nearest, person
+from usp_env.evaluation.resampling import jackknife, people_interval
+from usp_env.metrics.statistics import minimum_detectable_effect
+from usp_env.profiles import Profile, ProfileBank
+
+PEOPLE = ("ann", "ann", "bob", "bob")
+NAN = math.nan
+
+
+def column(*values: float, **settings) -> Column:
+    return Column(np.array(values), "rule", **settings)
+
+
+def measured(**metrics) -> Measurement:
+    return Measurement(PEOPLE, metrics, {"infra_failure": 2})
+
+
+def test_a_mean_is_over_people_and_in_hundreds() -> None:
+    found = entries(measured(sem_sim=column(0.2, 0.4, 0.9, NAN)))["sem_sim"]
+    assert found["mean"] == pytest.approx(60)  # (0.3 + 0.9) / 2
+    assert found["n"] == 2
+    assert found["ci95"] == pytest.approx([25, 90])  # .2 and .3 of ann, drawn twice; bob, drawn twice
+    assert (found["unit"], found["higher_is_better"], found["scorer"]) == ("cosine x 100", True, "rule")
+
+
+def test_turns_are_not_hundreds() -> None:
+    found = entries(measured(user_turns=column(1, 3, 5, 7), drift=column(-0.01, -0.03, -0.02, -0.02)))
+    assert found["user_turns"]["mean"] == 4
+    assert found["user_turns"]["higher_is_better"] is None
+    assert found["drift"]["mean"] == pytest.approx(-2)
+
+
+def test_a_harmonic_mean_is_that_of_the_means() -> None:
+    p, r = np.array([1.0, 1.0, 0.5, 0.5]), np.array([0.2, 0.2, 0.4, 0.4])
+    own = column(*(2 * p * r / (p + r)), of="harmonic", parts=(p, r))
+    assert entries(measured(r_dpc=own))["r_dpc"]["mean"] == pytest.approx(100 * 2 * 0.75 * 0.3 / 1.05, abs=1e-4)
+
+
+def test_people_weigh_the_same_in_a_harmonic_mean() -> None:
+    p, r = np.array([1.0, 1.0, 0.5, NAN]), np.array([0.2, 0.2, 0.4, NAN])  # bob's other dialogue came to nothing
+    own = column(*(2 * p * r / (p + r)), of="harmonic", parts=(p, r))
+    assert entries(measured(r_dpc=own))["r_dpc"]["mean"] == pytest.approx(100 * 2 * 0.75 * 0.3 / 1.05, abs=1e-4)
+
+
+def test_an_f1_is_of_all_decisions_together() -> None:
+    counts = (np.array([2.0, 0, 2, 0]), np.array([2.0, 1, 3, 0]))
+    own = column(1, 0, 2 / 3, NAN, of="ratio", parts=counts)
+    assert entries(measured(termination_f1=own))["termination_f1"]["mean"] == pytest.approx(100 * 4 / 6, abs=1e-4)
+
+
+def test_what_has_no_value_is_no_zero() -> None:
+    found = entries(
+        measured(sem_sim=column(NAN, NAN, NAN, NAN), perplexity=Missing("not here"), ldl=Whole(NAN, NAN, NAN, 0, "x"))
+    )
+    assert found["sem_sim"] == not_measured("no dialogue has a value; invalid: infra_failure 2")
+    assert found["perplexity"] == not_measured("not here")
+    assert found["ldl"]["mean"] is None
+
+
+def test_one_person_has_no_interval() -> None:
+    found = entries(measured(sem_sim=column(0.5, 0.7, NAN, NAN)))["sem_sim"]
+    assert (found["mean"], found["ci95"], found["n"]) == (60, None, 1)
+
+
+def test_each_user_stands_against_the_best_of_the_others() -> None:
+    users = {
+        "good": measured(sem_sim=column(0.8, 0.8, 0.6, 0.6), esr=column(0, 0, 0, 0), user_turns=column(1, 1, 1, 1)),
+        "mid": measured(sem_sim=column(0.5, 0.5, 0.5, 0.5), esr=column(0, 1, 0, 1)),
+        "bad": measured(sem_sim=column(0.1, 0.1, 0.3, 0.3, twin=column(0, 0, 0, 0)), esr=column(1, 1, 1, 1)),
+    }
+    found = differences(users, {user: entries(own) for user, own in users.items()})
+    gap = found["good"]["sem_sim"]
+    assert (gap["against"], gap["difference"], gap["ratio"], gap["n"]) == ("mid", pytest.approx(20), pytest.approx(1.4), 2)
+    assert gap["ci95"] == pytest.approx([10, 30])
+    expected = minimum_detectable_effect([0.3, 0.1], ["ann", "bob"], [0.0, 0.0], ["ann", "bob"])
+    assert gap["minimum_detectable_effect"] == pytest.approx(100 * expected, abs=1e-4)
+    assert [found[user]["sem_sim"]["against"] for user in ("mid", "bad")] == ["good", "good"]
+    assert found["good"]["esr"]["against"] == "mid"  # lower is better
+    assert found["good"]["esr"]["difference"] == -50
+    assert "user_turns" not in found["good"]
+    assert "twin" not in found["good"]["sem_sim"]
+
+
+def test_a_margin_over_less_than_nothing_is_not_given() -> None:
+    users = {"a": measured(style_sim=column(0.4, 0.4, 0.4, 0.4)), "b": measured(style_sim=column(-0.1, -0.1, -0.1, -0.1))}
+    gap = differences(users, {name: entries(own) for name, own in users.items()})["a"]["style_sim"]
+    assert (gap["difference"], gap["ratio"]) == (50, None)
+
+
+def test_differences_of_f1_resample_both_together() -> None:
+    def user(*hits: float) -> Measurement:
+        parts = (2 * np.array(hits), 2 * np.array(hits) + 1)
+        return measured(termination_f1=column(*(parts[0] / parts[1]), of="ratio", parts=parts))
+
+    users = {"a": user(1, 1, 1, 1), "b": user(0, 0, 0, 0)}
+    gap = differences(users, {name: entries(own) for name, own in users.items()})["a"]["termination_f1"]
+    assert gap["difference"] == pytest.approx(100 * 8 / 12, abs=1e-3)
+    assert gap["ci95"] == pytest.approx([66.6667, 66.6667])
+    assert gap["minimum_detectable_effect"] is None
+
+
+def test_rows_hold_what_each_person_got() -> None:
+    rows = scores(
+        "u", "conversation", measured(sem_sim=column(0.5, NAN, 0.25, 1, twin=column(0, 0, 0, 1)), perplexity=Missing("x"))
+    )
+    assert rows[0] == {"user": "u", "level": "conversation", "person": "ann", "sem_sim": 50, "sem_sim.twin": 0}
+    assert rows[1]["sem_sim"] is None
+
+
+def test_the_bootstrap_draws_people_and_their_rows_within() -> None:
+    x = np.array([0.0, 1.0, 10.0, 11.0])
+    seen: list[set[int]] = []
+
+    def statistic(rows):
+        seen.append(set(rows.tolist()))
+        return float(x[rows].mean())
+
+    found = people_interval(PEOPLE, statistic, replicates=400)
+    assert found.value == 5.5
+    assert (found.low, found.high) == (pytest.approx(0, abs=0.5), pytest.approx(11, abs=0.5))
+    assert all(rows <= {0, 1} or rows <= {2, 3} or (rows & {0, 1} and rows & {2, 3}) for rows in seen)
+    assert people_interval([], statistic).n == 0
+    assert np.isnan(people_interval(["ann"], lambda rows: 1.0).low)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    x = np.random.default_rng(0).normal(size=(30, 1))
+    found = jackknife(x, lambda points: float(points.mean()))
+    assert (found.high - found.value) / 1.96 == pytest.approx(x.std(ddof=1) / np.sqrt(30))
+    grouped = jackknife(x, lambda points: float(points.mean()), groups=10)
+    assert (grouped.high - grouped.value) / 1.96 == pytest.approx(x.std(ddof=1) / np.sqrt(30), rel=0.5)
+
+
+def test_turn_counts_are_compared_where_the_end_is_known() -> None:
+    simulated, real = np.array([3.0, 9, 5, NAN]), np.array([1.0, 1, 5, 2])
+    known = np.array([True, False, True, True])
+    found = shape.turn_counts(simulated, real, known, ["a", "b", "c", "d"], 10)
+    assert isinstance(found, Whole)
+    assert (found.value, found.n) == (1.0, 2)  # (3, 5) against (1, 5)
+    assert found.detail == {"simulated_mean": 4.0, "real_mean": 3.0}
+    assert isinstance(shape.turn_counts(simulated, real, known & False, ["a", "b", "c", "d"], 10), Missing)
+
+
+def test_nobody_is_their_own_neighbour() -> None:
+    bank = ProfileBank([Profile(f"p{k}", f"You ask about {word}.", "Terse.") for k, word in enumerate("abbaabba")])
+    people = [person(profile, Dialogue.of([{"role": "user", "content": "hi"}])) for profile in bank]
+    found = nearest(people, bank)
+    assert len(found) == 8
+    assert all(id != other for id, other in found.items())
+    outside = [person(Profile("q", "You ask about b.", "Terse."), people[0].dialogue)]
+    assert bank.get(nearest(outside, bank)["q"]).objective == "You ask about b."
+
+
+@pytest.fixture(autouse=True)
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resampling, "REPLICATES", 200)

@@ -1,0 +1,1 @@
+"""Simulated users against the people they stand for (`run.evaluate`), and assistants against simulated users."""

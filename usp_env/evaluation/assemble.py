@@ -1,0 +1,181 @@
+"""What users gave, as entries and differences of the card: means over people, intervals, minimum detectable effects."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from usp_env.errors import SpecError
+from usp_env.evaluation.card import METRICS, Difference, Entry, Metric, not_measured
+from usp_env.evaluation.columns import Column, Measured, Measurement, Missing, Whole
+from usp_env.evaluation.resampling import Rows, people_interval
+from usp_env.metrics import statistics
+from usp_env.metrics.consistency import harmonic_mean
+from usp_env.metrics.statistics import Interval
+
+DIGITS = 4
+
+
+def entries(found: Measurement) -> dict[str, Entry]:
+    """All metrics of a user at a level, in the card's order."""
+    return {name: entry(METRICS[name], found.metrics[name], found) for name in METRICS if name in found.metrics}
+
+
+def entry(metric: Metric, measured: Measured, found: Measurement) -> Entry:
+    """One metric; not measured where no dialogue has a value.
+
+    Args:
+        metric: What it is.
+        measured: What was found.
+        found: Whose rows these are, and what was invalid.
+    """
+    if isinstance(measured, Missing):
+        return not_measured(measured.reason)
+    interval = _interval(measured, found.people)
+    if not interval.n or math.isnan(interval.value):
+        lost = ", ".join(f"{outcome} {n}" for outcome, n in found.invalid.items())
+        return not_measured("no dialogue has a value" + (f"; invalid: {lost}" if lost else ""))
+    out: Entry = {
+        "mean": _scaled(interval.value, metric),
+        "ci95": _bounds(interval, metric),
+        "n": interval.n,
+        "unit": metric.unit,
+        "higher_is_better": metric.higher_is_better,
+        "scorer": measured.scorer,
+    }
+    if measured.note:
+        out["note"] = measured.note
+    if measured.detail:
+        out["detail"] = dict(measured.detail)
+    if isinstance(measured, Column) and measured.twin is not None:
+        out["twin"] = entry(metric, measured.twin, found)
+    return out
+
+
+def _interval(measured: Column | Whole, people: Sequence[str]) -> Interval:
+    if isinstance(measured, Whole):
+        return Interval(measured.value, measured.low, measured.high, measured.n)
+    if measured.of == "mean":
+        return statistics.mean_interval(measured.values, people)
+    if measured.of == "ratio":
+        return statistics.ratio_interval(measured.parts[0], measured.parts[1], people)
+    rows = np.flatnonzero(~np.isnan(measured.values))
+    of = _statistic(measured, people)
+    return people_interval([people[i] for i in rows], lambda drawn: of(rows[drawn]))
+
+
+def _statistic(column: Column, people: Sequence[str]) -> Callable[[Rows], float]:
+    """The card's number of a harmonic mean or a ratio, from some rows."""
+    first, second = column.parts
+    if column.of == "harmonic":
+        counts = Counter(who for who, value in zip(people, column.values, strict=True) if not math.isnan(value))
+        weights = np.array([1 / max(counts[who], 1) for who in people])  # people weigh the same, however many rows they have
+
+        def harmonic(rows: Rows) -> float:
+            p, r = (np.average(part[rows], weights=weights[rows]) for part in (first, second))
+            return float(harmonic_mean(p, r))
+
+        return harmonic
+
+    def ratio(rows: Rows) -> float:
+        below = float(np.nansum(second[rows]))
+        return float(np.nansum(first[rows])) / below if below else math.nan
+
+    return ratio
+
+
+# ── differences ──────────────────────────────────────────────────────────────────────────────────
+
+
+def differences(users: Mapping[str, Measurement], cards: Mapping[str, Mapping[str, Entry]]) -> dict[str, dict[str, Difference]]:
+    """Each user against the best of the others, by metric; metrics without a direction are left out.
+
+    Args:
+        users: Simulated users' measurements at one level.
+        cards: Their entries, which say who is best.
+    """
+    out: dict[str, dict[str, Difference]] = {user: {} for user in users}
+    for name, metric in METRICS.items():
+        means = {user: _mean_of(cards[user].get(name)) for user in users if isinstance(users[user].metrics.get(name), Column)}
+        known = {user: mean for user, mean in means.items() if mean is not None}
+        for user in known if metric.higher_is_better is not None else ():
+            others = {other: mean for other, mean in known.items() if other != user}
+            if others:
+                best = (max if metric.higher_is_better else min)(others, key=others.__getitem__)
+                out[user][name] = difference(metric, name, users[user], users[best], best)
+    return out
+
+
+def difference(metric: Metric, name: str, user: Measurement, other: Measurement, against: str) -> Difference:
+    """A user against another in one metric, on the people whom both have a value for."""
+    a, b = user.metrics[name], other.metrics[name]
+    if not isinstance(a, Column) or not isinstance(b, Column):
+        raise SpecError(f"{name}: expected a value for each dialogue of both users, got {a!r:.80} and {b!r:.80}")
+    found = _difference(metric, a, user.people, b, other.people, against)
+    if a.twin is not None and b.twin is not None:
+        found["twin"] = _difference(metric, a.twin, user.people, b.twin, other.people, against)
+    return found
+
+
+def _difference(
+    metric: Metric, a: Column, people_a: Sequence[str], b: Column, people_b: Sequence[str], against: str
+) -> Difference:
+    ratio, effect = None, math.nan
+    if a.of == "mean":
+        pair = (a.values, people_a, b.values, people_b)
+        interval, effect = statistics.paired_difference(*pair), statistics.minimum_detectable_effect(*pair)
+        found = statistics.paired_ratio(*pair).value
+        ratio = _number(found) if found >= 0 else None  # a margin says nothing where cosines are below 0
+    else:
+        rows = np.flatnonzero(~(np.isnan(a.parts).any(axis=0) | np.isnan(b.parts).any(axis=0)))
+        of_a, of_b = _statistic(a, people_a), _statistic(b, people_b)
+        interval = people_interval([people_a[i] for i in rows], lambda drawn: of_a(rows[drawn]) - of_b(rows[drawn]))
+    return {
+        "against": against,
+        "difference": _scaled(interval.value, metric),
+        "ci95": _bounds(interval, metric),
+        "ratio": ratio,
+        "n": interval.n,
+        "minimum_detectable_effect": _scaled(effect, metric),
+    }
+
+
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def scores(user: str, level: str, found: Measurement) -> list[dict[str, Any]]:
+    """Every row's own values, for `scores.jsonl`: where to look for the worst dialogues."""
+    facts = found.rows or [{}] * len(found.people)
+    columns: dict[str, tuple[Metric, Column]] = {}
+    for name, measured in found.metrics.items():
+        if isinstance(measured, Column):
+            columns[name] = (METRICS[name], measured)
+            if measured.twin is not None:
+                columns[f"{name}.twin"] = (METRICS[name], measured.twin)
+    return [
+        {"user": user, "level": level, "person": person, **facts[k]}
+        | {name: _scaled(float(column.values[k]), metric) for name, (metric, column) in columns.items()}
+        for k, person in enumerate(found.people)
+    ]
+
+
+def _mean_of(found: Entry | None) -> float | None:
+    return None if found is None else found["mean"]
+
+
+def _scaled(value: float, metric: Metric) -> float | None:
+    return _number(value * metric.scale)
+
+
+def _number(value: float) -> float | None:
+    """For JSON, rounded: what shares a text's batch moves its scores by 1e-7."""
+    return None if math.isnan(value) else round(float(value), DIGITS) + 0.0
+
+
+def _bounds(interval: Interval, metric: Metric) -> list[float] | None:
+    low, high = _scaled(interval.low, metric), _scaled(interval.high, metric)
+    return None if low is None or high is None else [low, high]

@@ -1,0 +1,91 @@
+"""What a metric found, before statistics: a value per dialogue (`Column`), one of the whole set (`Whole`), none (`Missing`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A metric with a value per dialogue, in natural units (shares and cosines in 0-1).
+
+    Args:
+        values: (m,); NaN: no judgement.
+        scorer: What found them.
+        of: What the card's number is: the mean of `values` over people; the ratio of sums of `parts`; or the harmonic mean of the
+            means of `parts`, as in the paper's tables.
+        parts: Two of (m,): numerators and denominators, or precisions and recalls.
+        twin: The same by the held-out scorer.
+        note: See `usp_env.evaluation.card.Entry`.
+        detail: See there.
+    """
+
+    values: FloatArray
+    scorer: str
+    of: Literal["mean", "ratio", "harmonic"] = "mean"
+    parts: tuple[FloatArray, ...] = ()
+    twin: Column | None = None
+    note: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A metric of a set of dialogues, in natural units.
+
+    Args:
+        value: NaN: no judgement.
+        low: Of its 95 % interval; NaN, as `high`, where it has none.
+        high: See `low`.
+        n: People in the set.
+        scorer: What found it.
+        note: See `usp_env.evaluation.card.Entry`.
+        detail: See there.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    scorer: str
+    note: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A metric that was not measured, and why."""
+
+    reason: str
+
+
+Measured = Column | Whole | Missing
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one user gave at one level.
+
+    Args:
+        people: Whose dialogue each row is, (m,): people times seeds.
+        metrics: Name to what was found.
+        invalid: Outcome to how many generations or episodes gave nothing to measure.
+        rows: Also of each row, for `scores.jsonl`.
+    """
+
+    people: tuple[str, ...]
+    metrics: Mapping[str, Measured]
+    invalid: Mapping[str, int] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+
+
+def with_twin(columns: Sequence[Column]) -> Column:
+    """The first column with the second, where there is one, as its twin."""
+    return replace(columns[0], twin=columns[1]) if len(columns) > 1 else columns[0]

@@ -1,0 +1,132 @@
+"""`card.md`: the card as tables. Pure: a card in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from usp_env.evaluation.card import LEVELS, METRICS, Card, Difference, Entry
+
+HEADLINE = (
+    "sem_sim",
+    "style_sim",
+    "ava",
+    "r_dp_p",
+    "r_dpc",
+    "p_cover",
+    "sc_score",
+    "human_likeness",
+    "termination_f1",
+    "esr",
+    "adv",
+)
+"""Metrics whose differences are shown; the card has the others'."""
+
+
+def markdown(card: Card, cost: Mapping[str, Any]) -> str:
+    """The card in Markdown, with what it cost."""
+    people = card["people"]
+    head = [
+        "# Quality card",
+        "",
+        f"{people['n']} of {people['of']} people of `{card['bank']}` ({card['split']}); assistant `{card['assistant']}`, at most "
+        f"{card['turns']} user turns; seeds {', '.join(map(str, card['seeds']))}; protocol `{card['protocol']}`.",
+        "Cells: mean [95 % interval over people and seeds], *the same by the held-out scorer*. Shares and cosines are in 0-100; "
+        "↑ higher is better, ↓ lower is; the others are to be read beside real people. `real`: similarities are between a "
+        "person's odd and even turns; `real:neighbour`: somebody else with the nearest objective facts. – is not measured.",
+        "",
+    ]
+    body = [line for level in LEVELS for line in _level(card, level)]
+    return "\n".join([*head, *body, *_differences(card), *_reasons(card), *_invalid(card), *_cost(cost)]) + "\n"
+
+
+def _level(card: Card, level: str) -> list[str]:
+    rows: dict[str, dict[str, Entry]] = {user: facts[level] for user, facts in card["users"].items() if facts[level]}  # type: ignore[literal-required]
+    if not rows:
+        return []
+    names = [name for name in METRICS if any(name in row and row[name]["mean"] is not None for row in rows.values())]
+    table = [f"| metric | {' | '.join(f'`{user}`' for user in rows)} |", "|---" * (len(rows) + 1) + "|"]
+    for name in names:
+        metric = METRICS[name]
+        arrow = {True: " ↑", False: " ↓", None: ""}[metric.higher_is_better]
+        unit = f" ({metric.unit})" if metric.unit else ""
+        table.append(f"| {metric.label}{arrow}{unit} | {' | '.join(_cell(row.get(name)) for row in rows.values())} |")
+    return [f"## {level.capitalize()} level", "", *table, ""]
+
+
+def _cell(entry: Entry | None) -> str:
+    if entry is None or entry["mean"] is None:
+        return "–"
+    text = f"{entry['mean']:.2f}"
+    if entry["ci95"]:
+        text += " [{:.2f}, {:.2f}]".format(*entry["ci95"])
+    if entry.get("detail", {}).get("alarm"):
+        text += " **collapsed**"
+    twin = entry.get("twin")
+    return text if twin is None else f"{text} *{_cell(twin)}*"
+
+
+def _differences(card: Card) -> list[str]:
+    lines = []
+    for level in LEVELS:
+        for user, facts in card["users"].items():
+            for name, found in facts["differences"].get(level, {}).items():
+                if name not in HEADLINE:
+                    continue
+                cells = (level, METRICS[name].label, f"`{user}`", f"`{found['against']}`", _signed(found), _plain(found["ratio"]))
+                lines.append(f"| {' | '.join(cells)} | {_plain(found['minimum_detectable_effect'])} | {found['n']} |")
+    if not lines:
+        return []
+    head = "| level | metric | user | best other | difference | ratio | detectable | n |"
+    return ["## Differences to the best of the other users", "", head, "|---" * 8 + "|", *lines, ""]
+
+
+def _signed(found: Difference) -> str:
+    if found["difference"] is None:
+        return "–"
+    text = f"{found['difference']:+.2f}"
+    if found["ci95"]:
+        text += " [{:+.2f}, {:+.2f}]".format(*found["ci95"])
+    twin = found.get("twin")
+    return text if twin is None else f"{text} *{_signed(twin)}*"
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _reasons(card: Card) -> list[str]:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for user, facts in card["users"].items():
+        for level in LEVELS:
+            for name, entry in facts[level].items():
+                if "reason" in entry:
+                    reasons.setdefault((METRICS[name].label, entry["reason"]), []).append(f"`{user}` ({level})")
+    lines = [f"- {label}, {', '.join(where)}: {reason}" for (label, reason), where in reasons.items()]
+    return ["## Not measured", "", *lines, ""] if lines else []
+
+
+def _invalid(card: Card) -> list[str]:
+    lines = [
+        f"- `{user}`, {level} level: {', '.join(f'{outcome} {n}' for outcome, n in counts.items())}"
+        for user, facts in card["users"].items()
+        for level, counts in facts["invalid"].items()
+        if counts
+    ]
+    return ["## Invalid", "", *lines, ""] if lines else []
+
+
+def _cost(cost: Mapping[str, Any]) -> list[str]:
+    head = "| user | level | speaker | replies | tokens read | tokens written | seconds | US$ |"
+    lines = []
+    for user, levels in cost.get("users", {}).items():
+        for level, accounts in levels.items():
+            for role, account in accounts.items():
+                usd, read, written = (account.get(key) for key in ("usd", "prompt_tokens", "completion_tokens"))
+                cells = (f"`{user}`", level, role, account["replies"], read or 0, written or 0, f"{account['seconds']:.1f}")
+                lines.append(f"| {' | '.join(map(str, cells))} | {'–' if usd is None else f'{usd:.4f}'} |")
+    return (
+        ["## Cost", "", head, "|---" * 8 + "|", *lines, "", f"Scoring took {cost.get('scoring_seconds', 0.0):.1f} s."]
+        if lines
+        else []
+    )
