@@ -11,7 +11,7 @@ import pytest
 
 from usp_env import assistants
 from usp_env.cli import main
-from usp_env.dialogue import Message, View
+from usp_env.dialogue import Dialogue, Message, View
 from usp_env.env import DialogueEnv
 from usp_env.errors import BackendError
 from usp_env.profiles import Profile
@@ -86,6 +86,14 @@ def test_a_person_can_be_an_environments_partner(sampler: object) -> None:
     env.reset(seed=0)
     _, _, _, truncated, info = env.step("Hello!")
     assert (truncated, info["outcome"]) == (True, "infra_failure")
+
+
+def test_bytes_that_are_no_text_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait\nthanks\n"), "utf-8"))
+    speaker = HumanSpeaker("user")
+    view = Dialogue().view_for("user", None)
+    assert [speaker.respond([view], [0])[0].text for _ in range(2)] == ["caf\ufffd au lait", "thanks"]
+
 
 
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, *argv: str) -> tuple[int, str, str]:

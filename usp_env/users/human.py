@@ -10,6 +10,7 @@ begins a new line); otherwise lines are read from standard input. Whole messages
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -102,6 +103,8 @@ def _spelled(typed: str) -> str:
 def terminal_reader() -> Callable[[str], str]:
     """Reads a message: edited in a terminal, a line of standard input elsewhere."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is no text spoils its character, not the conversation
         return _read_line
     toolkit = require("prompt_toolkit", "report")
     keys = toolkit.key_binding.KeyBindings()
