@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from usp_env.profiles import Profile, ProfileBank
 from usp_env.sampling.base import UniformSampler
 
 os.environ.setdefault("USP_ENV_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A machine that is busy with something else is no failure.
+settings.register_profile("usp-env", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("usp-env")
 
 
 @pytest.fixture

@@ -95,7 +95,6 @@ def test_bytes_that_are_no_text_are_replaced(monkeypatch: pytest.MonkeyPatch) ->
     assert [speaker.respond([view], [0])[0].text for _ in range(2)] == ["caf\ufffd au lait", "thanks"]
 
 
-
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, *argv: str) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     status = main(["chat", *argv])

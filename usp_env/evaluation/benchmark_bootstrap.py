@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from usp_env.errors import SpecError
-from usp_env.metrics.agreement import ELO_MEAN, spearman
+from usp_env.metrics.agreement import spearman
 from usp_env.metrics.statistics import REPLICATES, Interval, percentile_interval
 
 FloatArray = npt.NDArray[np.float64]
 _BLOCK = 2_000_000  # resampled values held at a time
-_STEPS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,36 +184,3 @@ def _nanmean(values: FloatArray) -> FloatArray:
     count = there.sum(axis=-1)
     total = np.where(there, values, 0.0).sum(axis=-1)
     return np.asarray(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0))
-
-
-def elo_ratings(wins: FloatArray, prior: float = 0.5) -> FloatArray:
-    """The ratings of `usp_env.metrics.agreement.elo`, from counted matches and by Newton's method.
-
-    Assistants whose places are beyond doubt win every match, and there the MM algorithm of `elo` takes 10^5 steps and more;
-    this takes some ten, and a bootstrap needs hundreds of fits.
-
-    Args:
-        wins: How often the row's player beat the column's, ties half each, (k, k).
-        prior: As in `elo`.
-
-    Returns:
-        (k,), with mean 1,000.
-
-    Example:
-        >>> elo_ratings(np.array([[0.0, 3.0], [1.0, 0.0]]), prior=1e-9).round(1)  # odds 3: 400 log10(3) = 190.8 apart
-        array([1095.4,  904.6])
-    """
-    games, points = wins + wins.T, wins.sum(axis=1)
-    ratings = np.zeros(len(wins))
-    for _ in range(_STEPS):
-        p = 1 / (1 + np.exp(ratings[None] - ratings[:, None]))
-        q = 1 / (1 + np.exp(-ratings))  # against the prior's player, of rating 0
-        gradient = points + prior - (games * p).sum(axis=1) - 2 * prior * q
-        curvature = games * p * (1 - p)
-        hessian = np.diag(curvature.sum(axis=1) + 2 * prior * q * (1 - q)) - curvature
-        step = np.linalg.solve(hessian, gradient)
-        # Steps of at most 1 do not leave the region where the log-likelihood, which is concave, is near its parabola.
-        ratings = ratings + step / max(1.0, float(np.abs(step).max()))
-        if np.abs(step).max() < 1e-9:
-            break
-    return np.asarray(400 / math.log(10) * (ratings - ratings.mean()) + ELO_MEAN)

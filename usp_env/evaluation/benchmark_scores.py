@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from usp_env.errors import SpecError
-from usp_env.evaluation.benchmark_bootstrap import EpisodeScore, Resampled, Table, elo_ratings
+from usp_env.evaluation.benchmark_bootstrap import EpisodeScore, Resampled, Table
 from usp_env.evaluation.leaderboard import MOST_INVALID, Estimate, Pair, Reference, Row
+from usp_env.metrics.agreement import elo_ratings
 from usp_env.metrics.statistics import Interval, mean_interval, paired_difference, percentile_interval
 
 ELO_REPLICATES = 200

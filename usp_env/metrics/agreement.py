@@ -16,7 +16,7 @@ from usp_env.metrics.statistics import REPLICATES, FloatArray, Interval, Values,
 ELO_MEAN = 1000.0
 """The mean of all players' ratings."""
 _ELO_SCALE = 400 / math.log(10)
-_MAX_STEPS = 100_000
+_MAX_STEPS = 200
 
 
 def ranks(values: Values) -> FloatArray:
@@ -190,7 +190,7 @@ def fleiss_kappa(ratings: Sequence[Sequence[Hashable]]) -> float:
 def elo(results: Iterable[tuple[str, str, float]], *, prior: float = 0.5) -> dict[str, float]:
     """Elo ratings from pairwise results, as the maximum likelihood of the Bradley-Terry model: the order does not matter.
 
-    P(a beats b) = 1 / (1 + 10^((R_b - R_a) / 400)), fitted by the MM algorithm (Hunter 2004). Sequential Elo updates depend on
+    P(a beats b) = 1 / (1 + 10^((R_b - R_a) / 400)), fitted by `elo_ratings`. Sequential Elo updates depend on
     which match comes first; these do not.
 
     Args:
@@ -213,23 +213,43 @@ def elo(results: Iterable[tuple[str, str, float]], *, prior: float = 0.5) -> dic
     names, wins = _wins(results, prior)
     if not names:
         return {}
-    games = wins + wins.T
-    strength = np.ones(len(names))
-    for _ in range(_MAX_STEPS):
-        expected = (games / (strength[:, None] + strength[None])).sum(axis=1) + 2 * prior / (strength + 1)
-        new = (wins.sum(axis=1) + prior) / expected
-        if not prior:
-            new = new / np.exp(np.log(new).mean())
-        step = np.abs(np.log(new / strength)).max()
-        strength = new
-        if step < 1e-10:
-            break
-    else:
-        raise SpecError(f"ratings still move by {step:.1e} after {_MAX_STEPS} steps: raise the prior ({prior})")
-    ratings = _ELO_SCALE * np.log(strength)
-    ratings = ratings - ratings.mean() + ELO_MEAN
+    ratings = elo_ratings(wins, prior)
     order = sorted(range(len(names)), key=lambda i: (-ratings[i], names[i]))
     return {names[i]: float(ratings[i]) for i in order}
+
+
+def elo_ratings(wins: FloatArray, prior: float = 0.5) -> FloatArray:
+    """The ratings of `elo`, from counted matches, by Newton's method.
+
+    Where players win every match, the MM algorithm (Hunter 2004) takes 10^5 steps and more; this takes some ten.
+
+    Args:
+        wins: How often the row's player beat the column's, ties half each, (k, k).
+        prior: As in `elo`.
+
+    Returns:
+        (k,), with mean 1,000.
+
+    Example:
+        >>> elo_ratings(np.array([[0.0, 3.0], [1.0, 0.0]]), prior=1e-9).round(1)  # odds 3: 400 log10(3) = 190.8 apart
+        array([1095.4,  904.6])
+    """
+    games, points = wins + wins.T, wins.sum(axis=1)
+    ratings = np.zeros(len(wins))
+    for _ in range(_MAX_STEPS):
+        p = 1 / (1 + np.exp(ratings[None] - ratings[:, None]))
+        q = 1 / (1 + np.exp(-ratings))  # against the prior's player, of rating 0
+        gradient = points + prior - (games * p).sum(axis=1) - 2 * prior * q
+        curvature = games * p * (1 - p)
+        hessian = np.diag(curvature.sum(axis=1) + 2 * prior * q * (1 - q)) - curvature
+        if not prior:
+            hessian += 1.0  # nothing fixes the ratings' mean: let it stay where it is
+        step = np.linalg.solve(hessian, gradient)
+        # Steps of at most 1 do not leave the region where the log-likelihood, which is concave, is near its parabola.
+        ratings = ratings + step / max(1.0, float(np.abs(step).max()))
+        if np.abs(step).max() < 1e-9:
+            return np.asarray(_ELO_SCALE * (ratings - ratings.mean()) + ELO_MEAN)
+    raise SpecError(f"ratings still move by {np.abs(step).max():.1e} after {_MAX_STEPS} steps: raise the prior ({prior})")
 
 
 def _wins(results: Iterable[tuple[str, str, float]], prior: float) -> tuple[list[str], FloatArray]:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from usp_env.errors import SpecError
-from usp_env.evaluation.benchmark_bootstrap import EpisodeScore, Resampled, Table, elo_ratings, resample
+from usp_env.evaluation.benchmark_bootstrap import EpisodeScore, Resampled, Table, resample
 from usp_env.evaluation.benchmark_scores import against, results
 from usp_env.evaluation.leaderboard import Estimate
-from usp_env.metrics.agreement import elo, spearman, spearman_interval
+from usp_env.metrics.agreement import elo, elo_ratings, spearman, spearman_interval
 from usp_env.metrics.statistics import Interval, mean_interval, paired_difference
 
 # Wang et al. (ACL 2025), Table 7: majority, minority, virtual, average as printed, rank in LiveBench / Chatbot Arena.
