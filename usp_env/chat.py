@@ -34,7 +34,7 @@ def chat(arguments: argparse.Namespace) -> int:
     if arguments.resume and not arguments.out:
         raise SpecError("--resume goes on with a saved conversation: name its directory with --out DIR")
     folder = Path(arguments.out or time.strftime("runs/chat-%Y%m%d-%H%M%S"))
-    check_free(folder, arguments.resume)
+    check_free(folder, arguments.resume, arguments.overwrite)
     if arguments.resume:
         if not (folder / DRAFT).is_file():
             raise _ended(folder)
@@ -45,7 +45,9 @@ def chat(arguments: argparse.Namespace) -> int:
     screen = _Screen(console)
     conductor = _table(arguments)
     config = {"command": "chat", **{name: getattr(arguments, name) for name in _SETTINGS}}
-    conductor.record = RunDirectory(folder, config, resume=arguments.resume, provenance=conductor.provenance())
+    conductor.record = RunDirectory(folder, config, arguments.resume, arguments.overwrite, conductor.provenance())
+    if arguments.overwrite:
+        (folder / DRAFT).unlink(missing_ok=True)
     person: Role = conductor.rules.agent_role
     conductor.record.models = {person: "human", other(person): conductor.partner.spec}
     episode, said = _load(folder) if arguments.resume else (_begin(conductor, arguments), None)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from usp_env import commands_benchmark, commands_evaluate
+from usp_env import __version__, commands_benchmark, commands_evaluate
 from usp_env.errors import UspError
 
 
@@ -23,7 +23,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults behind every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default in (None, False) or action.nargs == 0 else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +41,8 @@ class Parser(argparse.ArgumentParser):
             wrong, known = quoted[1], [str(name) for action in self._actions for name in action.choices or ()]
         elif foreign:
             wrong, known = foreign[1], sorted(self.options())
-        near = difflib.get_close_matches(wrong, known, n=1)
+        # What another command knows is no slip of the keyboard.
+        near = [] if wrong in known else difflib.get_close_matches(wrong, known, n=1)
         super().error(message + (f" (did you mean {near[0]}?)" if near else ""))
 
     def options(self) -> set[str]:
@@ -60,23 +61,28 @@ SPLIT = "train, val or test of the bank; all for the whole bank"
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+    return _at_least(text, 1)
 
 
 def natural(text: str) -> int:
     """A whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected at least 0, got {value}")
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
     return value
 
 
 def build_parser() -> Parser:
     """All commands and their options."""
     parser = Parser(prog="usp-env", description="Conversations with simulated people.")
+    parser.add_argument("--version", action="version", version=f"usp-env {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -132,7 +138,9 @@ def build_parser() -> Parser:
     chat.add_argument("--bank", default="sharegpt", help=BANK)
     chat.add_argument("--split", default="train", help=SPLIT)
     chat.add_argument("--out", help="run directory; default: runs/chat-<time>")
-    chat.add_argument("--resume", action="store_true", help="go on with the conversation in --out")
+    taken = chat.add_mutually_exclusive_group()
+    taken.add_argument("--resume", action="store_true", help="go on with the conversation in --out")
+    taken.add_argument("--overwrite", action="store_true", help="begin anew over what is there")
 
     show = commands.add_parser("show", help="what each model received and said")
     show.add_argument("run", help="run directory or transcripts file")

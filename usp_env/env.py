@@ -56,7 +56,8 @@ def make_conductor(
     except TypeError as error:
         known = [f.name for f in dataclasses.fields(Rules) if f.name not in ("agent_role", "scoring")]
         wrong = next((name for name in rules if name not in known), "")
-        raise UnknownNameError("environment setting", wrong, [*known, "population", "reward_mode", "record"]) from error
+        others = ("user", "assistant", "bank", "split", "reward", "population", "reward_mode", "record")
+        raise UnknownNameError("environment setting", wrong, [*known, *others]) from error
     conductor = Conductor(partner, sampler, scorer, checked, population, dense)
     if record is not None:
         bank = {"bank": sampler.bank.name, "population": population}

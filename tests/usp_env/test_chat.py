@@ -108,6 +108,21 @@ def talkative(folder: Path) -> str:
     return f"scripted:{folder / 'script.jsonl'}"
 
 
+def test_chat_begins_anew_where_it_is_told_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out, script = str(tmp_path / "run"), talkative(tmp_path)
+    argv = ["--user", script, "--assistant", script, "--turns", "3", "--out", out]
+    chat(monkeypatch, capsys, "first words\n", *argv)
+    status, _, told = chat(monkeypatch, capsys, "", *argv)
+    assert status == 2
+    assert "--overwrite" in told
+    chat(monkeypatch, capsys, "other words\n", *argv, "--overwrite")
+    draft = (tmp_path / "run" / "chat.json").read_text("utf-8")
+    assert "other words" in draft
+    assert "first words" not in draft
+
+
 @pytest.mark.parametrize("seat", ["assistant", "user"])
 def test_chat_is_saved_and_gone_on_with(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, seat: str

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import usp_env
 from usp_env.cli import main
 
 pytest.importorskip("rich")
@@ -151,3 +152,17 @@ def test_a_closed_pipe_is_quiet() -> None:
     command = f"{sys.executable} -m usp_env.cli profiles sample -n 400 | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_version_and_mistakes_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"usp-env {usp_env.__version__}\n"
+    for argv, told in (
+        (["play", "--episodes", "x"], "expected a whole number of at least 1, got 'x'"),
+        (["show", "runs/x", "--overwrite"], "unrecognized arguments: --overwrite\n"),  # another command's option: no advice
+        (["show", "runs/x", "--epsode", "a"], "did you mean --episode?"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(argv)
+        assert told in capsys.readouterr().err

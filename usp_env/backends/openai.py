@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import os
 import random
 import re
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,6 +42,8 @@ require("aiohttp", "openai")
 import openai  # noqa: E402
 import tenacity  # noqa: E402
 
+_log = logging.getLogger(__name__)
+_QUIET_SECONDS = 10.0  # between two warnings of one backend
 NO_KEY = "EMPTY"  # what local servers expect where the client insists on a key
 _RETRIED = (408, 409, 425, 429)
 _OTHER_ENGINES = ("dtype", "device", "revision", "max_model_len", "gpu_memory_utilization", "prefix_gib")
@@ -91,6 +95,7 @@ class OpenAIBackend:
                 raise SpecError(f"{name}: expected more than 0, got {value!r}")
         self.model, self.urls, self.timeout, self.concurrency = model, tuple(urls), timeout, concurrency
         self.max_attempts, self.backoff = max_attempts, backoff
+        self._told = -_QUIET_SECONDS
         self.spec = spec or str(ModelSpec("openai", model, self.urls))
         self._key = _checked_key(key, "the key")
         self._renderer = renderer
@@ -213,8 +218,17 @@ class OpenAIBackend:
             retry=tenacity.retry_if_exception(_is_passing),
             wait=self._pause,
             stop=tenacity.stop_after_attempt(self.max_attempts) | tenacity.stop_before_delay(self.timeout),
+            before_sleep=self._tell,
             reraise=True,
         )
+
+    def _tell(self, state: tenacity.RetryCallState) -> None:
+        """Warn whoever waits for a server in trouble, though not of every call."""
+        error, now = state.outcome.exception() if state.outcome else None, time.monotonic()
+        if isinstance(error, Exception) and now - self._told >= _QUIET_SECONDS:
+            self._told = now
+            tries = f"attempt {state.attempt_number + 1} of {self.max_attempts}"
+            _log.warning("%s: %s; trying again, %s", self.spec, self._hidden(_describe(error)), tries)
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome is not None else None
@@ -278,7 +292,9 @@ def _describe(error: Exception) -> str:
     if isinstance(error, openai.APIStatusError):
         return f"HTTP {error.status_code}: {error.response.text or '(no body)'}"
     if isinstance(error, openai.APIConnectionError):
-        return f"connection lost ({type(error.__cause__ or error).__name__}: {error.__cause__ or error})"
+        cause = error.__cause__ or error
+        what = "no connection, is the server running?" if type(cause).__name__.startswith("Connect") else "connection lost"
+        return f"{what} ({type(cause).__name__}: {cause})"
     return str(error)
 
 

@@ -249,14 +249,17 @@ def test_only_a_refused_request_can_be_too_long() -> None:
     assert made.finish_reason == "error"
 
 
-def test_connection_refused_is_retried_and_typed() -> None:
+def test_connection_refused_is_retried_and_typed(caplog: pytest.LogCaptureFixture) -> None:
     with serve(answer) as (_, url):
         pass
     backend = OpenAIBackend("m", [url], backoff=0.01, max_attempts=3, timeout=5.0)
     [made] = backend.generate([ask("hi")])
     backend.close()
     assert "after 3 attempt(s)" in str(made.error)
-    assert "connection lost" in str(made.error)
+    assert "no connection, is the server running?" in str(made.error)
+    [told] = caplog.messages  # once, not at every attempt
+    assert "is the server running?" in told
+    assert told.endswith("trying again, attempt 2 of 3")
 
 
 def test_a_lone_surrogate_fails_alone() -> None:
