@@ -64,7 +64,7 @@ def fetch(arguments: argparse.Namespace) -> int:
 
     if arguments.list:
         for asset in assets.ASSETS.values():
-            say(f"{'✓' if assets.available(asset.name) else '·'} {asset.name:14} {asset.description} ({asset.license})")
+            say(f"{'✓' if assets.available(asset.name) else '·'} {asset.name:17} {asset.description} (licence: {asset.license})")
         return 0
     found = assets.fetch(arguments.names or None, source=arguments.source, report=say, force=arguments.force)
     for name, path in found.items():
@@ -285,9 +285,13 @@ def _profile(transcript: Transcript, bank: ProfileBank) -> Profile:
 
 def report(arguments: argparse.Namespace) -> int:
     """`usp-env report`."""
+    from usp_env.report.board import find_board, write_board_page
+    from usp_env.report.card import find_card, write_card_page
     from usp_env.report.html import write_report
 
-    say(str(write_report(Path(arguments.run), *([Path(arguments.out)] if arguments.out else []))))
+    path = Path(arguments.run)
+    write = write_board_page if find_board(path) else write_card_page if find_card(path) else write_report
+    say(str(write(path, *([Path(arguments.out)] if arguments.out else []))))
     return 0
 
 

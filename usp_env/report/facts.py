@@ -70,6 +70,26 @@ def number(value: float | None, sign: bool = True) -> str:
     return "–" if value is None else format(value, "+.3f" if sign else ".3f").replace("-", "−")
 
 
+def fixed(value: float | None, digits: int = 2, sign: str = "") -> str:
+    """So many decimals, with a sign where `sign` is `+`; a dash for what is not known.
+
+    Example:
+        >>> fixed(1.234), fixed(-0.001), fixed(-1.5, 1), fixed(2, sign="+"), fixed(None)
+        ('1.23', '0.00', '−1.5', '+2.00', '–')
+    """
+    return "–" if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
+
+
+def interval(ends: Sequence[float] | None, digits: int = 2, sign: str = "") -> str:
+    """Both ends of an interval; nothing without one.
+
+    Example:
+        >>> interval((-1, 2)), interval(None)
+        ('[−1.00, 2.00]', '')
+    """
+    return f"[{fixed(ends[0], digits, sign)}, {fixed(ends[1], digits, sign)}]" if ends else ""
+
+
 def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean and sample standard deviation, √(Σ(x−x̄)²/(n−1)); None where there are too few values.
 

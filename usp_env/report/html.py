@@ -55,22 +55,43 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         RunDirectoryError: `out` exists.
         MissingExtraError: Jinja2 is not installed.
     """
-    from usp_env.transcripts import RUN, read_transcripts
+    from usp_env.transcripts import read_transcripts
 
     folder = Path(run_dir)
     transcripts = [transcript.to_json() for transcript in read_transcripts(folder, torn="skip")]
     folder = folder.parent if folder.is_file() else folder
+    path = place(folder / "report.html", out)
+    page = render_report({"name": folder.resolve().name, **read_run(folder)}, transcripts)
+    path.write_text(page, "utf-8", newline="\n")
+    return path
+
+
+def place(usual: Path, out: str | Path | None) -> Path:
+    """Where a page goes: its usual place, where it replaces the old one, or a new file of the reader's choice.
+
+    Raises:
+        RunDirectoryError: `out` exists.
+    """
     if out is not None and Path(out).exists():
         raise RunDirectoryError(f"expected a new file to write to, but {str(out)!r} exists: choose another")
+    return usual if out is None else Path(out)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `run.json` of a directory says; nothing where there is none.
+
+    Raises:
+        TranscriptError: It is no JSON object.
+    """
+    from usp_env.transcripts import RUN
+
     try:
         run = json.loads((folder / RUN).read_text("utf-8")) if (folder / RUN).is_file() else {}
     except ValueError as error:
         raise TranscriptError(f"{folder / RUN}: expected one JSON object ({error})") from error
     if not isinstance(run, dict):
         raise TranscriptError(f"{folder / RUN}: expected one JSON object, got {run!r:.80}")
-    path = folder / "report.html" if out is None else Path(out)
-    path.write_text(render_report({"name": folder.resolve().name, **run}, transcripts), "utf-8", newline="\n")
-    return path
+    return run
 
 
 def render_report(run: Mapping[str, Any], transcripts: Sequence[Mapping[str, Any]]) -> str:
@@ -83,23 +104,41 @@ def render_report(run: Mapping[str, Any], transcripts: Sequence[Mapping[str, Any
     Raises:
         MissingExtraError: Jinja2 is not installed.
     """
-    jinja2 = require("jinja2", "report")
-    environment = jinja2.Environment(
-        autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"number": number, "csp": _csp}
-    template = environment.from_string((resources.files("usp_env.report") / "report.html.j2").read_text("utf-8"))
     limits = _limits(transcripts)
-    page: str = template.render(
+    return fill(
+        "report.html.j2",
         name=run.get("name") or "run",
         total=facts.group("all", transcripts),
         groups=facts.groups(transcripts),
         speakers={role: sorted({t["models"].get(role, "") for t in transcripts} - {""}) for role in ("user", "assistant")},
         seed=(run.get("config") or {}).get("seed"),
-        facts=_run_facts(run, transcripts),
+        facts=run_facts(run, transcripts[0]["versions"] if transcripts else {}),
         episodes=[_episode(index, t, limits) for index, t in enumerate(transcripts, 1)],
         ends=ENDS,
     )
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page out of a template of this folder: all that `{{ }}` prints is escaped, and without control characters.
+
+    Raises:
+        MissingExtraError: Jinja2 is not installed.
+        KeyError: The template wants a value that is not there.
+    """
+    jinja2 = require("jinja2", "report")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (resources.files("usp_env.report") / name).read_text("utf-8")),
+        autoescape=True,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": number, "csp": _csp}
+    try:
+        page: str = environment.get_template(template).render(values)
+    except jinja2.UndefinedError as error:  # as Python says it: callers need not know what fills the page
+        raise KeyError(str(error)) from error
     return page
 
 
@@ -113,11 +152,16 @@ def _csp(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(str(script).encode()).digest()).decode()
 
 
-def _run_facts(run: Mapping[str, Any], transcripts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Name and value of what was run, in order."""
+def run_facts(run: Mapping[str, Any], versions: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Name and value of what was run, in order.
+
+    Args:
+        run: What `run.json` holds.
+        versions: Of the packages, where the run tells none.
+    """
     command = run.get("command")
     rest = {key: value for key, value in run.items() if key not in ("name", "command", "config", "versions", "hardware")}
-    rest["versions"] = run.get("versions") or (transcripts[0]["versions"] if transcripts else {})
+    rest["versions"] = run.get("versions") or versions
     rest["hardware"] = run.get("hardware")
     rows = {"command": shlex.join(map(str, command))} if isinstance(command, list) else {}
     rows |= run.get("config") or {}
