@@ -176,8 +176,8 @@ def build_parser() -> Parser:
     commands_evaluate.add_options(commands.add_parser("evaluate", help="quality card of simulated users beside real people"))
     commands_benchmark.add_options(commands.add_parser("benchmark", help="leaderboard of assistants: populations and turns"))
 
-    report = commands.add_parser("report", help="a run as one HTML file")
-    report.add_argument("run", help="run directory")
+    report = commands.add_parser("report", help="a run, a quality card or a leaderboard as one HTML file")
+    report.add_argument("run", help="run directory, or a card.json or leaderboard.json")
     report.add_argument("--out", help="default: report.html in the run directory")
     return parser
 
