@@ -135,10 +135,14 @@ def user(url: str, num: int) -> Partner:
     return users.load(f"roleplay:openai:user@{url}?concurrency={num}")
 
 
+class MiscountError(RuntimeError):
+    """A row made more or fewer calls than the others."""
+
+
 def check(failed: object) -> None:
     """No row may do less than the others."""
     if failed:
-        raise RuntimeError("a conversation ended early, or made more or fewer calls than it should")
+        raise MiscountError("a conversation ended early, or made more or fewer calls than it should")
 
 
 def vector(url: str, num: int, turns: int) -> Callable[[], None]:
@@ -233,7 +237,7 @@ def tau2(python: str, url: str, counts: Any, num: int, turns: int, repeats: int,
     limit = 60 + (repeats + 1) * num * (turns + 1) / 20  # twice as long as at the slowest rate that was seen
     for failed in range(tries):
         counts[0] = counts[2] = 0
-        with contextlib.suppress(subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        with contextlib.suppress(subprocess.TimeoutExpired, subprocess.CalledProcessError, MiscountError):
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True, timeout=limit).stdout
             check(counts[0] != (repeats + 1) * num * (turns + 1))
             return Rate(json.loads(out.splitlines()[-1])[1:], counts[2]), failed
