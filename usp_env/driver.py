@@ -20,7 +20,7 @@ from usp_env.records import EpisodeSpec, PartnerTurn, Reply, RewardTerms, Rules,
 from usp_env.sampling.base import Draw, EpisodeSummary, Sampler
 from usp_env.sampling.density import bank_digest
 from usp_env.spaces import is_unicode
-from usp_env.users.base import ModelSpeaker, Partner
+from usp_env.users.base import ModelSpeaker, Partner, replies_of
 
 if TYPE_CHECKING:
     from usp_env.rewards.base import WeightedSum
@@ -181,14 +181,8 @@ class Conductor:
         work = [episode.pending for episode in episodes]
         turns = [turn for turn in work if isinstance(turn, PartnerTurn)]
         with self.timing(self.partner) as noted:
-            try:
-                replies = self.partner.respond([turn.view for turn in turns], [turn.seed for turn in turns])
-            except BackendError as error:
-                replies = [Reply("", error=error)] * len(turns)
-            noted += replies
-        if len(replies) != len(turns):
-            raise UspError(f"{self.partner.spec}: expected one reply for each of {len(turns)} views, got {len(replies)}")
-        return replies
+            noted += replies_of(self.partner, [turn.view for turn in turns], [turn.seed for turn in turns])
+        return noted
 
     def terms(self, episodes: Sequence[Episode], final: bool) -> Sequence[RewardTerms | BackendError | None]:
         """What the reward finds in episodes whose pending work is a `Scoring` of this kind; a failure stands for its terms."""

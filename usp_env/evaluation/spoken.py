@@ -12,13 +12,13 @@ from pathlib import Path
 
 from usp_env.dialogue import Message, View, strip_think
 from usp_env.endings import speaks_as
-from usp_env.errors import BackendError, TranscriptError, UspError
+from usp_env.errors import TranscriptError
 from usp_env.evaluation.people import Person
 from usp_env.files import decode, locked
 from usp_env.ledger import Ledger
 from usp_env.records import Reply, generation_seed
 from usp_env.spaces import is_unicode
-from usp_env.users.base import Partner
+from usp_env.users.base import Partner, replies_of
 
 SAID, ENDED = "said", "ended"
 _FIELDS: Mapping[str, type] = {"person": str, "turn": int, "seed": int, "text": str, "ended": bool, "outcome": str}
@@ -152,14 +152,8 @@ def _ask(user: Partner, given: bool, batch: Sequence[Job], attempt: int, ledger:
     seeds = [generation_seed(episode_seed(job.person, job.seed), "", job.turn, "user", attempt) for job in batch]
     timing: AbstractContextManager[list[Reply]] = nullcontext([]) if ledger is None else ledger.timing("user", user)
     with timing as noted:
-        try:
-            replies = user.respond(views, seeds)
-        except BackendError as error:
-            replies = [Reply("", error=error)] * len(batch)
-        noted += replies
-    if len(replies) != len(batch):
-        raise UspError(f"{user.spec}: expected one reply for each of {len(batch)} views, got {len(replies)}")
-    return replies
+        noted += replies_of(user, views, seeds)
+    return noted
 
 
 def _taken(job: Job, reply: Reply) -> Spoken:

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from usp_env.backends.base import Backend, Generation, Request, Sampling
 from usp_env.dialogue import Role, View
-from usp_env.errors import UspError
+from usp_env.errors import BackendError, UspError
 from usp_env.profiles import Profile
 from usp_env.records import Reply
 
@@ -56,6 +56,21 @@ class AsyncPartner(Partner, Protocol):
     async def arespond(self, views: Sequence[View], seeds: Sequence[int]) -> list[Reply]:
         """`respond`, awaited."""
         ...
+
+
+def replies_of(partner: Partner, views: Sequence[View], seeds: Sequence[int]) -> list[Reply]:
+    """One reply for each view; where the partner's engine failed as a whole, its error stands in every one.
+
+    Raises:
+        UspError: The partner gave more or fewer.
+    """
+    try:
+        replies = partner.respond(views, seeds)
+    except BackendError as error:
+        return [Reply("", error=error)] * len(views)
+    if len(replies) != len(views):
+        raise UspError(f"{partner.spec}: expected one reply for each of {len(views)} views, got {len(replies)}")
+    return replies
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_card_page import make_card
-from test_html import EVIL, Page
+from test_html import EVIL, Page, scriptless
 
 from usp_env.cli import main
 from usp_env.errors import RunDirectoryError, UspError
@@ -182,12 +181,7 @@ def test_every_field_of_a_hostile_board_is_escaped() -> None:
         ],
     )
     text = page.render_board(evil, {"name": EVIL, EVIL: EVIL}, {EVIL: {"x": {EVIL: {"seconds": 1.0}}}})
-    found = Page(text)
-    assert text.encode()
-    assert {tag for tag, _ in found.tags} & {"script", "img", "link", "iframe", "object", "embed", "base"} == set()
-    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
-    assert not re.search(r"""(src|href|action)\s*=\s*["']?\s*(https?:)?//|url\(|@import""", text)
+    scriptless(text)
 
 
 def test_one_assistant_and_none() -> None:

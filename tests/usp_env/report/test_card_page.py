@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_html import EVIL, Page
+from test_html import EVIL, Page, scriptless
 
 from usp_env.errors import RunDirectoryError, UspError
 from usp_env.evaluation.card import LEVELS, NEIGHBOUR, REAL, not_measured
@@ -217,12 +216,7 @@ def test_every_field_of_a_hostile_card_is_escaped() -> None:
         {"user": "else", "level": "conversation", "user_turns": 1},
     ]
     text = page.render_card(evil, {"name": EVIL, EVIL: EVIL}, scores, cost)
-    found = Page(text)
-    assert text.encode()
-    assert {tag for tag, _ in found.tags} & {"script", "img", "link", "iframe", "object", "embed", "base"} == set()
-    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
-    assert not re.search(r"""(src|href|action)\s*=\s*["']?\s*(https?:)?//|url\(|@import""", text)
+    found = scriptless(text)
     policy = next(meta["content"] for meta in found.of("meta") if meta.get("http-equiv") == "Content-Security-Policy")
     assert str(policy).startswith("default-src 'none'")
     assert "script-src" not in str(policy)

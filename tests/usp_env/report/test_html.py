@@ -42,6 +42,17 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+def scriptless(text: str) -> Page:
+    """The parsed page, which runs nothing, loads nothing and holds no control character."""
+    found = Page(text)
+    assert text.encode()
+    assert {tag for tag, _ in found.tags} & {"script", "img", "link", "iframe", "object", "embed", "base"} == set()
+    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert not re.search(r"""(src|href|action)\s*=\s*["']?\s*(https?:)?//|url\(|@import""", text)
+    return found
+
+
 def page(*transcripts: dict[str, object], run: dict[str, object] = RUN) -> Page:
     return Page(html.render_report(run, transcripts))
 
