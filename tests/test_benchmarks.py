@@ -90,7 +90,7 @@ def test_a_run_of_another_environment_that_hangs_or_fails_is_begun_again(
         left[0] -= 1
         counts[0] += 6  # calls that the server saw: two of each repetition
         if left[0] == 2:
-            counts[0] += 1  # a call was made twice
+            counts[0] -= 1  # a step without its call
         elif left[0] >= 0:
             raise (subprocess.TimeoutExpired if left[0] else subprocess.CalledProcessError)(1, command)
         return SimpleNamespace(stdout="[9.0, 1.0, 2.0]\n")
@@ -98,3 +98,14 @@ def test_a_run_of_another_environment_that_hangs_or_fails_is_begun_again(
     monkeypatch.setattr(side_by_side.subprocess, "run", run)
     rate, failed = side_by_side.tau2("python", "url", counts, num=1, turns=1, repeats=2)
     assert (rate and rate.seconds, failed) == expected
+
+
+def test_calls_that_another_client_made_again_are_counted_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [0, 0, 0]
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        counts[0] += 8
+        return SimpleNamespace(stdout="[9.0, 1.0, 2.0]\n")
+
+    monkeypatch.setattr(side_by_side.subprocess, "run", run)
+    assert side_by_side.tau2("python", "url", counts, num=1, turns=1, repeats=2) == (side_by_side.Rate([1.0, 2.0], 0, 2), 0)
