@@ -284,7 +284,7 @@ def section(args: argparse.Namespace) -> Section:
                 continue
             rate, failed = tau2(args.tau2_python, url, counts, num, args.turns, args.repeats)
             name += f" ({failed} runs before it hung or failed)" if failed else ""
-            name += f" (its client made {rate.again} calls again)" if rate and rate.again else ""
+            name += f" (calls made again by its client: {rate.again})" if rate and rate.again else ""
             rows.append(cells(num, name, rate, args) if rate else [num, name, "none came to its end", "", "", counts[2]])
     rows.sort(key=lambda row: args.num.index(row[0]))
     turns, each = args.turns, args.turns + 1
