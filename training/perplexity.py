@@ -128,7 +128,7 @@ def ratios(losses: dict[str, Losses]) -> dict[str, dict[str, Any]]:
 
 def settings(model: str, max_tokens: int, folders: Mapping[str, Path | None]) -> dict[str, dict[str, Any]]:
     """What decides the losses under each adapter besides the conversations; of its weights the digest."""
-    from usp_env.backends.hf import hash_folder
+    from usp_env.backends.digests import hash_folder
 
     same = {"model": model, "max_tokens": max_tokens}
     return {name: same | {"adapter": hash_folder(folder) if folder else None} for name, folder in folders.items()}

@@ -272,7 +272,7 @@ def test_the_program_prints_its_table(renderer, tmp_path, monkeypatch, capsys) -
     people = [(Profile(f"p{i}", f"You cook {i}.", "You write tersely."), TALK) for i in range(3)]
     monkeypatch.setattr(perplexity, "of_split", lambda bank, split: people)
     monkeypatch.setattr(perplexity, "load", lambda folder, model: tiny().eval())
-    monkeypatch.setattr("usp_env.backends.hf.hash_folder", str)
+    monkeypatch.setattr("usp_env.backends.digests.hash_folder", str)
     out = tmp_path / "table.json"
     perplexity.main(["--adapter", "usp=somewhere", "--out", str(out)])
     record = json.loads(out.read_text())

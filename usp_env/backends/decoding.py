@@ -26,6 +26,8 @@ GROUP = 256
 """Tokens in a group of the two-stage Gumbel draw; part of what a seed means."""
 _NOISE_STEPS = 16  # steps of noise drawn at once
 _NUCLEUS = 512  # candidates tried before a row is sorted whole
+BASE = "__base__"
+"""PEFT's name of no adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Job:
         ends: Ids that end the row, and as what; none before `min_tokens`.
         banned: Ids that are never sampled.
         stopped: Tells from the ids so far whether a stop string is complete; None where there are none.
+        adapter: PEFT's name of the adapter that this row alone speaks through; None leaves the model as it is. In a batch
+            either every row has one (`BASE` speaks through none) or none has.
     """
 
     prompt: Sequence[int]
@@ -47,6 +51,7 @@ class Job:
     ends: Mapping[int, FinishReason]
     banned: frozenset[int] = frozenset()
     stopped: Callable[[list[int]], bool] | None = None
+    adapter: str | None = None
 
 
 @dataclass(slots=True)
@@ -106,7 +111,8 @@ def decode(
         ids[row, start:] = torch.as_tensor(jobs[which].prompt)
     mask, ids = mask.to(device), ids.to(device)
     cache, sampler = buffered_cache(model.config, total), _Sampler([jobs[which] for which in live], vocabulary, device)
-    logits = _prefill(model, cache, ids, mask, [new[which] for which in live], [known[which] for which in live])
+    speakers = [jobs[which].adapter for which in live]
+    logits = _prefill(model, cache, ids, mask, [new[which] for which in live], [known[which] for which in live], speakers)
     positions = (mask[:, :width].sum(-1, keepdim=True) - 1).clamp_min(0)
     lasts = positions + torch.tensor([[jobs[which].sampling.max_tokens] for which in live], device=device)
     done: set[int] = set()
@@ -127,7 +133,8 @@ def decode(
             cache.batch_select_indices(index)
             sampler.select(index)
             ids, positions, lasts, mask = ids[index], positions[index], lasts[index], mask[index]
-        logits = _forward(model, cache, ids, mask[:, : cache.get_seq_length() + 1], positions)
+        speakers = [jobs[which].adapter for which in live]
+        logits = _forward(model, cache, ids, mask[:, : cache.get_seq_length() + 1], positions, speakers)
 
 
 def keeps_states(model: Any) -> bool:
@@ -150,16 +157,31 @@ def _length(states: Tensor | None) -> int:
     return 0 if states is None else states.shape[-2]
 
 
-def _forward(model: Any, cache: Any, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+def _forward(model: Any, cache: Any, ids: Tensor, mask: Tensor, positions: Tensor, speakers: Sequence[str | None]) -> Tensor:
     """Logits of the last column (B, V)."""
+    mixed = {"adapter_names": list(speakers)} if speakers[0] is not None else {}
     made = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        **mixed,
     )
     logits: Tensor = made.logits[:, -1]
     return logits
 
 
-def _prefill(model: Any, cache: Any, ids: Tensor, mask: Tensor, new: Sequence[int], known: Sequence[Tensor | None]) -> Tensor:
+def _prefill(
+    model: Any,
+    cache: Any,
+    ids: Tensor,
+    mask: Tensor,
+    new: Sequence[int],
+    known: Sequence[Tensor | None],
+    speakers: Sequence[str | None],
+) -> Tensor:
     """Fill the cache with the prompts; logits after each one's last token (B, V).
 
     Rows come with the most new tokens first, and are read in slices of similar numbers of them. A row of a slice reads
@@ -168,7 +190,7 @@ def _prefill(model: Any, cache: Any, ids: Tensor, mask: Tensor, new: Sequence[in
     width = ids.shape[1]
     positions = (mask[:, :width].cumsum(-1) - 1).clamp_min(0)
     if not any(states is not None for states in known):
-        return _forward(model, cache, ids, mask[:, :width], positions)
+        return _forward(model, cache, ids, mask[:, :width], positions, speakers)
     example = next(states for states in known if states is not None)
     for layer in cache.layers:
         layer.prepare(example, len(ids))
@@ -183,8 +205,8 @@ def _prefill(model: Any, cache: Any, ids: Tensor, mask: Tensor, new: Sequence[in
                         buffer[row, :, stop - part.shape[-2] : stop] = part
         part_cache = DynamicCache(config=model.config)
         part_cache.layers = [layer.part(low, high, width - read) for layer in cache.layers]
-        rows = slice(low, high)
-        logits.append(_forward(model, part_cache, ids[rows, width - read :], mask[rows, :width], positions[rows, width - read :]))
+        part = slice(low, high), slice(width - read, None)
+        logits.append(_forward(model, part_cache, ids[part], mask[low:high, :width], positions[part], speakers[low:high]))
     for layer in cache.layers:
         layer.rewind(width)
     return torch.cat(logits)

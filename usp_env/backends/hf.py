@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from usp_env.backends.base import FinishReason, Generation, Request, failed
-from usp_env.backends.decoding import Decoded, Job, decode, keeps_states
+from usp_env.backends.decoding import BASE, Decoded, Job, decode, keeps_states
+from usp_env.backends.digests import hash_folder, hash_parameters, writes
 from usp_env.backends.prefixes import PrefixStore
 from usp_env.backends.spec import ModelSpec
 from usp_env.errors import BackendError, MissingAssetError, SpecError, UnknownNameError, require
@@ -77,7 +78,7 @@ class HFBackend:
     ) -> None:
         self.spec, self.mutable, self.tokenizer = spec or str(model.config._name_or_path), mutable, tokenizer
         self.renderer = renderer or Renderer(tokenizer)
-        self._hash_given: Callable[[], str] = lambda: _hash_parameters(self.model)
+        self._hash_given: Callable[[], str] = lambda: hash_parameters(self.model)
         own_limit = int(getattr(model.config, "max_position_embeddings", None) or 1_000_000)
         self.max_model_len = min(max_model_len or own_limit, own_limit)
         self.micro_batch, self.max_batch_tokens = micro_batch, max_batch_tokens
@@ -93,7 +94,7 @@ class HFBackend:
         if prefix_gib is None:
             prefix_gib = 0.0 if mutable else _free_bytes(self.model.device) / 4 / 2**30
         self.prefixes = PrefixStore(int(prefix_gib * 2**30)) if prefix_gib > 0 and keeps_states(model) else None
-        self._given, self._read = _writes(self.model), -1  # counts of writes: at the start, and when keys and values were made
+        self._given, self._read = writes(self.model), -1  # counts of writes: at the start, and when keys and values were made
         self._digest: tuple[int, str] | None = None  # of the weights at a count of writes
         self._lock = threading.Lock()  # adapters and eval mode are state of the model
 
@@ -158,9 +159,9 @@ class HFBackend:
         return {name: hash_folder(folder) for name, folder in self._folders.items()}
 
     def _weights(self) -> str:
-        writes = _writes(self.model)
-        if self._digest is None or self._digest[0] != writes:
-            self._digest = writes, self._hash_given() if writes == self._given else _hash_parameters(self.model)
+        count = writes(self.model)
+        if self._digest is None or self._digest[0] != count:
+            self._digest = count, self._hash_given() if count == self._given else hash_parameters(self.model)
         return self._digest[1]
 
     def forget(self) -> None:
@@ -187,20 +188,16 @@ class HFBackend:
         """
         with self._lock:  # fast tokenizers do not bear two threads
             jobs = [self._job(request) for request in requests]
-        results: dict[int, Generation] = {}
-        groups: dict[str | None, list[int]] = {}
-        for i, (request, job) in enumerate(zip(requests, jobs, strict=True)):
-            if (unread := self._unread(job)) is not None:
-                results[i] = unread
-            else:
-                groups.setdefault(request.adapter, []).append(i)
-        with self._lock:
+        results = {i: unread for i, job in enumerate(jobs) if (unread := self._unread(job)) is not None}
+        readable = [i for i in range(len(jobs)) if i not in results]
+        with self._lock, self._evaluating():
             self._check_weights()
-            for adapter, members in groups.items():
-                with self._speaking_as(adapter):
-                    known = {i: self._known(adapter, jobs[i]) for i in members}
+            owners = [self._owner(request.adapter) for request in requests]
+            for speaking, members in self._groups(requests, jobs, readable):
+                with speaking:
+                    known = {i: self._known(owners[i], jobs[i]) for i in members}
                     for batch in self._batches(jobs, known):
-                        results.update(self._run(jobs, batch, known, adapter))
+                        results.update(self._run(jobs, batch, known, owners))
         if results and all(result.error for result in results.values()):
             raise BackendError(f"no request of {len(requests)} could be served: {results[0].error}") from results[0].error
         return [results[i] for i in range(len(requests))]
@@ -248,8 +245,27 @@ class HFBackend:
 
         return stopped
 
-    def _known(self, adapter: str | None, job: Job) -> Any:
-        return None if self.prefixes is None else self.prefixes.find(self._owner(adapter), job.prompt)
+    def _groups(
+        self, requests: Sequence[Request], jobs: list[Job], members: Sequence[int]
+    ) -> Iterator[tuple[contextlib.AbstractContextManager[None], list[int]]]:
+        """Which requests are decoded together, and the state that the model has to be in meanwhile.
+
+        Where several adapters are asked for and all are plain LoRA, one batch holds them all: its jobs name theirs.
+        """
+        groups: dict[str | None, list[int]] = {}
+        for i in members:
+            groups.setdefault(requests[i].adapter, []).append(i)
+        if len(groups) > 1 and self._folders and all(map(_is_plain, self.model.peft_config.values())):
+            for i in members:
+                name = requests[i].adapter
+                jobs[i] = replace(jobs[i], adapter=BASE if name is None else self._adapters[name])
+            yield contextlib.nullcontext(), list(members)
+            return
+        for adapter, together in groups.items():
+            yield self._speaking_as(adapter), together
+
+    def _known(self, owner: str, job: Job) -> Any:
+        return None if self.prefixes is None else self.prefixes.find(owner, job.prompt)
 
     def _owner(self, adapter: str | None) -> str:
         """Whose keys and values these are: without folders of ours, a model speaks as whatever adapter is active."""
@@ -260,10 +276,10 @@ class HFBackend:
     def _check_weights(self) -> None:
         """Drop what was kept if a parameter was written to since, by someone who did not say that the model is mutable."""
         if self.prefixes is not None:
-            writes = _writes(self.model)
-            if writes != self._read:
+            count = writes(self.model)
+            if count != self._read:
                 self.prefixes.clear()
-            self._read = writes
+            self._read = count
 
     def _batches(self, jobs: Sequence[Job], known: Mapping[int, Any]) -> Iterator[list[int]]:
         """Members in batches of similar length, which pads least; the largest first, so that memory fails early."""
@@ -279,7 +295,9 @@ class HFBackend:
         if batch:
             yield batch
 
-    def _run(self, jobs: Sequence[Job], batch: list[int], known: Mapping[int, Any], adapter: str | None) -> dict[int, Generation]:
+    def _run(
+        self, jobs: Sequence[Job], batch: list[int], known: Mapping[int, Any], owners: Sequence[str]
+    ) -> dict[int, Generation]:
         states, keep = [known[i] for i in batch], self.prefixes is not None
         try:
             decoded = decode(self.model, [jobs[i] for i in batch], self._vocabulary, states, keep)
@@ -294,7 +312,7 @@ class HFBackend:
         else:
             for i, row in zip(batch, decoded, strict=True):
                 if self.prefixes is not None and row.states is not None:
-                    self.prefixes.keep(self._owner(adapter), (*jobs[i].prompt, *row.token_ids[:-1]), row.states)
+                    self.prefixes.keep(owners[i], (*jobs[i].prompt, *row.token_ids[:-1]), row.states)
             return {i: self._generation(jobs[i], row, known[i]) for i, row in zip(batch, decoded, strict=True)}
         # Outside the handler, whose traceback would keep the failed batch's tensors alive. What is kept has to go first.
         if self.prefixes is not None and len(self.prefixes):
@@ -303,10 +321,10 @@ class HFBackend:
             known = dict.fromkeys(batch)
         torch.cuda.empty_cache()
         if half == len(batch):
-            return self._run(jobs, batch, known, adapter)
+            return self._run(jobs, batch, known, owners)
         return {
-            **self._run(jobs, batch[:half], known, adapter),
-            **self._run(jobs, batch[half:], known, adapter),
+            **self._run(jobs, batch[:half], known, owners),
+            **self._run(jobs, batch[half:], known, owners),
         }
 
     def _generation(self, job: Job, row: Decoded, known: Any) -> Generation:
@@ -322,26 +340,31 @@ class HFBackend:
         return Generation(text[: min(cuts)] if cuts else text, tuple(row.token_ids), tuple(row.logprobs), row.reason, usage)
 
     @contextlib.contextmanager
-    def _speaking_as(self, adapter: str | None) -> Iterator[None]:
-        """Eval mode with one adapter active (or none of ours), and everything as it was afterwards."""
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode, and every module's mode as it was afterwards."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            if adapter is not None:
-                before = self.model.active_adapter
-                self.model.set_adapter(self._adapters[adapter])
-                try:
-                    yield
-                finally:
-                    self.model.set_adapter(before)
-            elif self._folders:
-                with self.model.disable_adapter():
-                    yield
-            else:
-                yield
+            yield
         finally:
             for module, training in modes:
                 module.training = training
+
+    @contextlib.contextmanager
+    def _speaking_as(self, adapter: str | None) -> Iterator[None]:
+        """One adapter active (or none of ours), and the one that was afterwards."""
+        if adapter is not None:
+            before = self.model.active_adapter
+            self.model.set_adapter(self._adapters[adapter])
+            try:
+                yield
+            finally:
+                self.model.set_adapter(before)
+        elif self._folders:
+            with self.model.disable_adapter():
+                yield
+        else:
+            yield
 
 
 @contextlib.contextmanager
@@ -369,39 +392,10 @@ def _free_bytes(device: Any) -> int:
     return min(free, 16 * 2**30, int(text) if text.isdigit() else free)
 
 
-def hash_folder(folder: str | Path) -> str:
-    """SHA-256 over the names and bytes of a folder's `.safetensors` files; a file that has not changed is read once.
-
-    Raises:
-        MissingAssetError: There are none.
-    """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise MissingAssetError(f"expected *.safetensors in {folder}, found none")
-    digest = hashlib.sha256()
-    for file in files:
-        stat = os.stat(file)
-        digest.update(f"{file.name} {_hash_file(str(file), stat.st_size, stat.st_mtime_ns)}\n".encode())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=256)
-def _hash_file(file: str, size: int, mtime_ns: int) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _writes(model: Any) -> int:
-    """How often the parameters have been written to, but for writes through `.data`, which PyTorch does not count."""
-    return sum(0 if p.is_inference() else p._version for p in model.parameters())
-
-
-def _hash_parameters(model: Any) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _is_plain(config: Any) -> bool:
+    """Whether PEFT decodes rows of this adapter and of others in one batch."""
+    special = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens")
+    return config.peft_type == "LORA" and not any(getattr(config, name, None) for name in special)
 
 
 def _add_adapter(model: Any, folder: str, name: str) -> Any:

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from usp_env.backends.base import FinishReason, Generation, Request, failed
+from usp_env.backends.digests import hash_folder
 from usp_env.backends.spec import ModelSpec
 from usp_env.errors import BackendError, MissingAssetError, SpecError, UnknownNameError, require
 from usp_env.models import assets
@@ -155,7 +156,7 @@ class VLLMBackend:
             "dtype": str(self._engine().model_config.dtype).removeprefix("torch."),
             "max_model_len": self.max_model_len,
             "renderer": RENDERER_VERSION,
-            "adapters": {name: _hash_folder(folder) for name, folder in self._folders.items()},
+            "adapters": {name: hash_folder(folder) for name, folder in self._folders.items()},
         }
 
     def __repr__(self) -> str:
@@ -256,7 +257,7 @@ class VLLMBackend:
         return self.llm
 
     def _weights(self) -> str:
-        return _hash_folder(self.model if Path(self.model).is_dir() else _snapshot(self.model, self.revision))
+        return hash_folder(self.model if Path(self.model).is_dir() else _snapshot(self.model, self.revision))
 
     def _prompt(self, request: Request) -> tuple[int, ...]:
         if request.token_ids is not None:
@@ -399,12 +400,6 @@ def _tokenizer(model: str, revision: str | None) -> Any:
         return transformers.AutoTokenizer.from_pretrained(model, **options)
     except OSError as error:
         raise MissingAssetError(f"model {model!r} cannot be loaded: {error}") from error
-
-
-def _hash_folder(folder: str) -> str:
-    from usp_env.backends.hf import hash_folder
-
-    return hash_folder(folder)
 
 
 def _lora_requests(folders: Mapping[str, str]) -> dict[str, Any]:

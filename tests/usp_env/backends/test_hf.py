@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from usp_env.backends import decoding, hf  # noqa: E402
+from usp_env.backends import decoding, digests, hf  # noqa: E402
 from usp_env.backends.base import Backend, Request, Sampling  # noqa: E402
 from usp_env.backends.cache import CacheBackend  # noqa: E402
 from usp_env.backends.decoding import GROUP, gumbel_draw, nucleus_floor  # noqa: E402
@@ -384,11 +384,11 @@ def test_identity_follows_the_weights(tokenizer, tmp_path):
     assert one["weights"] != other["weights"]
     assert (one["dtype"], one["adapters"]) == ("float32", {})
     tiny().save_pretrained(tmp_path / "a")
-    before = hf.hash_folder(tmp_path / "a")
+    before = digests.hash_folder(tmp_path / "a")
     tiny(1).save_pretrained(tmp_path / "a")
-    assert hf.hash_folder(tmp_path / "a") != before
+    assert digests.hash_folder(tmp_path / "a") != before
     with pytest.raises(MissingAssetError, match="safetensors"):
-        hf.hash_folder(tmp_path)
+        digests.hash_folder(tmp_path)
 
 
 @pytest.mark.parametrize("from_folder", [False, True])
@@ -408,8 +408,8 @@ def test_identity_and_records_follow_weights_written_in_place(tokenizer, tmp_pat
     new = cache.generate([request])[0]
     assert new.token_ids == HFBackend(backend.model, tokenizer, prefix_gib=0.0).generate([request])[0].token_ids
     assert new.token_ids != old.token_ids
-    assert backend.identity["weights"] == hf._hash_parameters(backend.model) != before
-    monkeypatch.setattr(hf, "_hash_parameters", lambda model: pytest.fail("weights that nobody wrote to are digested once"))
+    assert backend.identity["weights"] == digests.hash_parameters(backend.model) != before
+    monkeypatch.setattr(hf, "hash_parameters", lambda model: pytest.fail("weights that nobody wrote to are digested once"))
     assert cache.generate([request])[0].token_ids == new.token_ids
     backend.mutable = True
     assert backend.identity["weights"] == "live"
@@ -425,7 +425,7 @@ def test_from_spec(tokenizer, tmp_path, monkeypatch):
         "torch.float32",
         f"{tmp_path}/m?device=cpu&max_model_len=64",
     )
-    assert backend.identity["weights"] == hf.hash_folder(tmp_path / "m")
+    assert backend.identity["weights"] == digests.hash_folder(tmp_path / "m")
     assert HFBackend.from_spec(parse(f"{tmp_path}/m?dtype=bfloat16&device=cpu")).identity["dtype"] == "bfloat16"
     with pytest.raises(SpecError, match="expected a dtype"):
         HFBackend.from_spec(parse(f"{tmp_path}/m?dtype=nope&device=cpu"))
@@ -435,18 +435,36 @@ def test_from_spec(tokenizer, tmp_path, monkeypatch):
         HFBackend.from_spec(parse(f"{tmp_path}/none"))
 
 
-def test_adapters_in_one_batch(tokenizer, tmp_path):
+def saved_adapters(folder, **options):
+    """Names and folders of two adapters of `tiny()`; `options` of the second."""
     peft = pytest.importorskip("peft")
     folders = {}
-    for name, seed in (("a", 1), ("b/x.y", 2)):
+    for name, seed, more in (("a", 1, {}), ("b/x.y", 2, options)):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            lora = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-        lora.save_pretrained(folders.setdefault(name, str(tmp_path / str(seed))))
+            config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **more)
+            lora = peft.get_peft_model(tiny(), config)
+        lora.save_pretrained(folders.setdefault(name, str(folder / str(seed))))
+    return folders
+
+
+def counted(model):
+    """A list that grows by the rows of each pass of the model."""
+    passes = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    return passes
+
+
+def test_adapters_in_one_batch(tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    folders = saved_adapters(tmp_path)
     request = Request(token_ids=[40, 50, 60], sampling=Sampling(max_tokens=12), seed=3)
     names = [None, "a", "b/x.y", None, "a"]
     backend = HFBackend(tiny(), tokenizer, adapters=folders)
+    passes = counted(backend.model)
     made = [g.token_ids for g in backend.generate([replace(request, adapter=name) for name in names])]
+    assert passes[0] == 5  # all in one batch
+    assert len(passes) == max(map(len, made))
     assert made[0] == made[3] == HFBackend(tiny(), tokenizer).generate([request])[0].token_ids
     assert made[1] == made[4]
     assert len(set(made)) == 3
@@ -458,6 +476,35 @@ def test_adapters_in_one_batch(tokenizer, tmp_path):
     assert live.generate([request])[0].token_ids == made[1]
     with pytest.raises(MissingAssetError, match="PEFT folder"):
         HFBackend(tiny(), tokenizer, adapters={"c": str(tmp_path)})
+
+
+@pytest.mark.parametrize("prefix_gib", [0.0, 0.1])
+def test_each_row_of_a_batch_of_adapters_is_what_it_is_alone(tokenizer, tmp_path, prefix_gib):
+    """Prompts and replies of different lengths, and second turns that begin with what is kept."""
+    backend = HFBackend(tiny(), tokenizer, adapters=saved_adapters(tmp_path), prefix_gib=prefix_gib)
+    alone = HFBackend(tiny(), tokenizer, adapters=saved_adapters(tmp_path), prefix_gib=0.0)
+    asked = [
+        Request(token_ids=list(range(30, 34 + 9 * i)), sampling=Sampling(max_tokens=3 + 5 * i), seed=i, adapter=name)
+        for i, name in enumerate([None, "a", "b/x.y", "a", None, "b/x.y"])
+    ]
+    for _ in range(2):
+        made = backend.generate(asked)
+        for request, generation in zip(asked, made, strict=True):
+            single = alone.generate([request])[0]
+            assert generation.token_ids == single.token_ids
+            np.testing.assert_allclose(generation.logprobs, single.logprobs, atol=1e-4)
+        asked = [replace(r, token_ids=[*r.token_ids, *g.token_ids, 41, 42]) for r, g in zip(asked, made, strict=True)]
+        asked.append(replace(asked[-1], adapter=None))  # begins as what another adapter has just said
+    assert backend.model.active_adapter == alone.model.active_adapter
+
+
+def test_adapters_that_no_batch_mixes_follow_each_other(tokenizer, tmp_path):
+    backend = HFBackend(tiny(), tokenizer, adapters=saved_adapters(tmp_path, use_dora=True))
+    request = Request(token_ids=[40, 50, 60], sampling=Sampling(max_tokens=12, min_tokens=12), seed=3)
+    passes = counted(backend.model)
+    made = backend.generate([replace(request, adapter=name) for name in ("a", "b/x.y", None)])
+    assert passes == [1] * 36
+    assert len({g.token_ids for g in made}) == 3
 
 
 def test_the_cache_is_written_in_place(backend):
