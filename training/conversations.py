@@ -25,7 +25,7 @@ def silver_of(silver: str, bank: str) -> tuple[tuple[Profile, Dialogue], ...]:
     """The `train` profiles of a silver bank and their conversations, from where the gold bank's come.
 
     Args:
-        silver: A JSONL bank that a profile generator wrote (`usp-env profiles extract --generator`).
+        silver: `sharegpt-silver`, or a JSONL bank that a profile generator wrote (`usp-env profiles extract --generator`).
         bank: The gold bank, as in `of_split`. Of a JSONL bank the conversations are the silver lines' own.
 
     Raises:

@@ -31,7 +31,9 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def parser() -> argparse.ArgumentParser:
     """The program's options."""
     made = training_options(__doc__)
-    made.add_argument("--silver", metavar="FILE", help="a bank of more people, whose profiles a profile generator wrote")
+    made.add_argument(
+        "--silver", metavar="BANK", help="more people, whose profiles a profile generator wrote: sharegpt-silver, or a JSONL bank"
+    )
     made.add_argument("--no-profile", action="store_true", help="PlatoLM: the same turns, no profile")
     made.add_argument("--max-tokens", type=int, default=640, help="longest row; later turns are left out whole")
     made.add_argument("--reply-tokens", type=int, nargs="*", default=[], help="cut replies to lengths drawn from these")

@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 POPULATIONS = "density, uniform, majority, minority or virtual"
-BANK = "sharegpt (packaged), or a JSONL file of profiles"
+BANK = "sharegpt or sharegpt-silver (packaged), or a JSONL file of profiles"
 SPLIT = "train, val or test of the bank; all for the whole bank"
 
 

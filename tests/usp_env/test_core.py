@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from importlib import resources
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from usp_env.dialogue import END, Act, Dialogue, Message, split_end, strip_think
 from usp_env.endings import is_gratitude_loop, is_repetition, similar, speaks_as
 from usp_env.errors import MissingAssetError, MissingExtraError, ProfileFormatError, SpecError, UnknownNameError, require
-from usp_env.profiles import Profile, ProfileBank, combine, reserved_ids
+from usp_env.profiles import PACKAGED, Profile, ProfileBank, combine, reserved_ids
 from usp_env.spaces import Messages, Utterance
 
 GOOD = {"id": "a", "profile": {"objective": "You cook.", "subjective": "You are terse."}}
@@ -173,3 +175,18 @@ def test_require_names_the_extra() -> None:
 
 def test_a_thousand_ends_of_thought_are_one() -> None:
     assert strip_think("</think>" * 5000 + " Paris.") == "Paris."
+
+
+def test_the_silver_bank_is_marked_and_shares_nobody_with_the_gold_one() -> None:
+    silver, gold = ProfileBank.load("sharegpt-silver"), ProfileBank.load("sharegpt")
+    assert {profile.split for profile in silver} == {"train"}
+    assert {profile.silver for profile in silver} == {"profile-generator-81d4b2802cbd"}
+    assert {profile.silver for profile in gold} == {None}
+
+    def people(ids: Iterable[str]) -> set[str]:  # the segments of a conversation are one person's
+        return {id.rpartition("_")[0] for id in ids}
+
+    assert not people(p.id for p in silver) & people([*(p.id for p in gold), *reserved_ids()])
+    lines = (resources.files("usp_env.data") / PACKAGED["sharegpt-silver"]).read_text("utf-8").splitlines()
+    assert len(lines) == len(silver)  # no reserved one was left out
+    assert all(p.objective.startswith("You") and len(p.subjective) > 20 for p in silver)

@@ -20,7 +20,7 @@ from usp_env.data.records import SUFFIXES, Place, hub_records, read_records
 from usp_env.dialogue import Dialogue
 from usp_env.errors import MissingAssetError, UnknownNameError
 from usp_env.models import assets
-from usp_env.profiles import Profile, ProfileBank, reserved_ids
+from usp_env.profiles import PACKAGED, Profile, ProfileBank, reserved_ids
 
 __all__ = ["FORMATS", "HUB", "Conversation", "continued", "group_id", "join", "load", "segment_of"]
 
@@ -51,8 +51,8 @@ def load(
     """Stream the conversations of a source, in its order.
 
     Args:
-        source: `"sharegpt"` (the fetched asset), a file (`.json`, `.jsonl`, both also `.gz`, `.parquet`), or a data set of
-            the hub: a name of `HUB` or any `owner/name`.
+        source: `"sharegpt"` (the fetched asset; any packaged bank's name stands for it), a file (`.json`, `.jsonl`, both also
+            `.gz`, `.parquet`), or a data set of the hub: a name of `HUB` or any `owner/name`.
         format: A name of `FORMATS`; `"auto"` decides by each record's keys.
         split: For the hub its split (default `"train"`), for a file the records whose `split` this is.
         reserved: Also give the conversations that are kept for an independent check, with their later segments and
@@ -147,7 +147,7 @@ def _reserved_groups() -> frozenset[str]:
 
 
 def _open(source: str | Path, split: str | None) -> Iterator[tuple[Place, dict[str, Any]]]:
-    if source == "sharegpt":
+    if source in PACKAGED:
         (file,) = (f for f in assets.path("sharegpt").iterdir() if f.suffix == ".json" and f.name != assets.MANIFEST)
         return read_records(file, "sharegpt", split, cut_off=True)
     if Path(source).is_file():

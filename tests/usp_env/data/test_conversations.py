@@ -333,6 +333,8 @@ def test_the_package_s_conversations():
     assert time.perf_counter() - start < 10
     assert len(pairs) == len(bank) == 1791
     assert all(dialogue[0].role == "user" and dialogue.turns >= 3 for _, dialogue in pairs)
+    silver = ProfileBank.load("sharegpt-silver")
+    assert len(list(join(silver, load("sharegpt-silver", ids={profile.id for profile in silver})))) == len(silver)
 
 
 @needs_sharegpt
