@@ -32,8 +32,9 @@ def silver_of(silver: str, bank: str) -> tuple[tuple[Profile, Dialogue], ...]:
         SpecError: Somebody is in both: a person of the validation or the test would be trained on.
     """
     people = ProfileBank.load(silver, "train")
-    both = {profile.id for profile in people} & {profile.id for profile in ProfileBank.load(bank)}
-    if both:
+    # By person: later segments of a conversation, and its copies, have ids of their own.
+    gold = {conversations.group_id(profile.id) for profile in ProfileBank.load(bank)}
+    if both := [profile.id for profile in people if conversations.group_id(profile.id) in gold]:
         raise SpecError(f"--silver {silver}: expected people who are not in {bank!r}, {len(both)} are: {min(both)!r} …")
     return _joined(people, bank if bank in PACKAGED else silver)
 

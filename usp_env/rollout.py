@@ -13,10 +13,9 @@ import numpy as np
 from usp_env.dialogue import Act
 from usp_env.driver import Conductor
 from usp_env.episode import Episode
-from usp_env.errors import BackendError
 from usp_env.records import EpisodeSpec, Reply, check_seed
 from usp_env.sampling.base import Sampler
-from usp_env.users.base import Partner
+from usp_env.users.base import Partner, replies_of
 
 
 def plan(sampler: Sampler, populations: Sequence[str], n: int, seed: int) -> list[EpisodeSpec]:
@@ -86,10 +85,7 @@ def ask(agent: Partner, episodes: Sequence[Episode]) -> list[Reply]:
     if not episodes:
         return []
     views = [episode.dialogue().view_for(agent.role, episode.profile) for episode in episodes]
-    try:
-        return agent.respond(views, [episode.agent_seed for episode in episodes])
-    except BackendError as error:
-        return [Reply("", error=error)] * len(episodes)
+    return replies_of(agent, views, [episode.agent_seed for episode in episodes])
 
 
 def take(episode: Episode, reply: Reply) -> None:

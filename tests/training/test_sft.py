@@ -133,6 +133,8 @@ def test_silver_people_are_trained_on_but_nobody_of_the_gold_bank(renderer, tmp_
     assert found == [["a", "s"], ["v"]]
     with pytest.raises(SpecError, match="not in .*gold.jsonl.*1 are: 'v'"):
         sft.main([*command, bank("leak.jsonl", ("s", "train"), ("v", "train"))])
+    with pytest.raises(SpecError, match="1 are: 'v#2'"):  # a later segment of the same person's conversation
+        sft.main([*command, bank("later.jsonl", ("s", "train"), ("v#2", "train"))])
 
 
 def test_rows_keep_their_limit_with_the_end_of_the_conversation(renderer) -> None:

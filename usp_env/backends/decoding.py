@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from usp_env.backends.adapters import speaking_each
 from usp_env.backends.base import FinishReason, Sampling
 from usp_env.errors import require
 
@@ -26,8 +27,6 @@ GROUP = 256
 """Tokens in a group of the two-stage Gumbel draw; part of what a seed means."""
 _NOISE_STEPS = 16  # steps of noise drawn at once
 _NUCLEUS = 512  # candidates tried before a row is sorted whole
-BASE = "__base__"
-"""PEFT's name of no adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class Job:
         banned: Ids that are never sampled.
         stopped: Tells from the ids so far whether a stop string is complete; None where there are none.
         adapter: PEFT's name of the adapter that this row alone speaks through; None leaves the model as it is. In a batch
-            either every row has one (`BASE` speaks through none) or none has.
+            either every row has one (`adapters.BASE` speaks through none) or none has.
     """
 
     prompt: Sequence[int]
@@ -159,16 +158,10 @@ def _length(states: Tensor | None) -> int:
 
 def _forward(model: Any, cache: Any, ids: Tensor, mask: Tensor, positions: Tensor, speakers: Sequence[str | None]) -> Tensor:
     """Logits of the last column (B, V)."""
-    mixed = {"adapter_names": list(speakers)} if speakers[0] is not None else {}
-    made = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-        **mixed,
-    )
+    with speaking_each(model, speakers):
+        made = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
     logits: Tensor = made.logits[:, -1]
     return logits
 
@@ -205,8 +198,8 @@ def _prefill(
                         buffer[row, :, stop - part.shape[-2] : stop] = part
         part_cache = DynamicCache(config=model.config)
         part_cache.layers = [layer.part(low, high, width - read) for layer in cache.layers]
-        part = slice(low, high), slice(width - read, None)
-        logits.append(_forward(model, part_cache, ids[part], mask[low:high, :width], positions[part], speakers[low:high]))
+        unread = slice(low, high), slice(width - read, None)
+        logits.append(_forward(model, part_cache, ids[unread], mask[low:high, :width], positions[unread], speakers[low:high]))
     for layer in cache.layers:
         layer.rewind(width)
     return torch.cat(logits)

@@ -12,7 +12,9 @@ from usp_env.errors import MissingAssetError, require
 
 
 def hash_folder(folder: str | Path) -> str:
-    """SHA-256 over the names and bytes of a folder's `.safetensors` files; a file that has not changed is read once.
+    """SHA-256 over the names and bytes of a folder's `.safetensors` files, and of an adapter's configuration.
+
+    A file that has not changed is read once.
 
     Raises:
         MissingAssetError: There are none.
@@ -20,6 +22,7 @@ def hash_folder(folder: str | Path) -> str:
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise MissingAssetError(f"expected *.safetensors in {folder}, found none")
+    files += [file for file in [Path(folder, "adapter_config.json")] if file.is_file()]
     digest = hashlib.sha256()
     for file in files:
         stat = os.stat(file)

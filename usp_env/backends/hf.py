@@ -23,8 +23,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from usp_env.backends.adapters import BASE, active, add_adapter, mixes, speaking_as
 from usp_env.backends.base import FinishReason, Generation, Request, failed
-from usp_env.backends.decoding import BASE, Decoded, Job, decode, keeps_states
+from usp_env.backends.decoding import Decoded, Job, decode, keeps_states
 from usp_env.backends.digests import hash_folder, hash_parameters, writes
 from usp_env.backends.prefixes import PrefixStore
 from usp_env.backends.spec import ModelSpec
@@ -51,7 +52,8 @@ class HFBackend:
         max_batch_tokens: Most tokens (padded prompts and replies) decoded together; bounds the memory of keys and values.
         max_model_len: Most tokens of prompt and reply; None takes the model's own limit.
         adapters: Name in `Request.adapter` to a PEFT folder over this model. Without any, requests may name adapters that
-            a live PEFT model already has, and None uses the model as it is.
+            a live PEFT model already has, and None uses the model as it is. Those of folders share batches where they are
+            plain LoRA; those of a live model follow each other.
         renderer: Turns messages into ids; None makes the tokenizer's.
         mutable: Whether the weights change during the backend's life.
         prefix_gib: Most memory for keys and values kept from call to call, in GiB; 0 keeps none. None: a quarter of what
@@ -87,7 +89,7 @@ class HFBackend:
         # PEFT allows no dots or slashes in an adapter's name.
         self._adapters = {name: f"adapter_{i}" for i, name in enumerate(self._folders)}
         for name, folder in self._folders.items():
-            model = _add_adapter(model, folder, self._adapters[name])
+            model = add_adapter(model, folder, self._adapters[name])
         self.model = model.to(device) if device is not None else model
         if not self._adapters:
             self._adapters = {name: name for name in getattr(model, "peft_config", {})}
@@ -152,6 +154,7 @@ class HFBackend:
             "max_model_len": self.max_model_len,
             "renderer": RENDERER_VERSION,
             "adapters": self._adapter_digests,
+            **({} if self._folders or not (names := active(self.model)) else {"active": names}),
         }
 
     @cached_property
@@ -250,27 +253,29 @@ class HFBackend:
     ) -> Iterator[tuple[contextlib.AbstractContextManager[None], list[int]]]:
         """Which requests are decoded together, and the state that the model has to be in meanwhile.
 
-        Where several adapters are asked for and all are plain LoRA, one batch holds them all: its jobs name theirs.
+        Where adapters that may mix are asked for, one batch holds them all: its jobs name theirs.
         """
         groups: dict[str | None, list[int]] = {}
         for i in members:
             groups.setdefault(requests[i].adapter, []).append(i)
-        if len(groups) > 1 and self._folders and all(map(_is_plain, self.model.peft_config.values())):
+        names = {adapter: BASE if adapter is None else self._adapters[adapter] for adapter in groups}
+        if len(groups) > 1 and self._folders and mixes(self.model, list(names.values())):
             for i in members:
-                name = requests[i].adapter
-                jobs[i] = replace(jobs[i], adapter=BASE if name is None else self._adapters[name])
+                jobs[i] = replace(jobs[i], adapter=names[requests[i].adapter])
             yield contextlib.nullcontext(), list(members)
             return
         for adapter, together in groups.items():
-            yield self._speaking_as(adapter), together
+            as_it_is = adapter is None and not self._folders
+            name = None if adapter is None else names[adapter]
+            yield contextlib.nullcontext() if as_it_is else speaking_as(self.model, name), together
 
     def _known(self, owner: str, job: Job) -> Any:
         return None if self.prefixes is None else self.prefixes.find(owner, job.prompt)
 
     def _owner(self, adapter: str | None) -> str:
-        """Whose keys and values these are: without folders of ours, a model speaks as whatever adapter is active."""
-        if adapter is None and not self._folders and hasattr(self.model, "peft_config"):
-            return f"active {getattr(self.model, 'active_adapter', '')}"
+        """Whose keys and values these are: without folders of ours, a model speaks through whatever adapters are active."""
+        if adapter is None and not self._folders and (names := active(self.model)):
+            return f"active {names}"
         return adapter or ""
 
     def _check_weights(self) -> None:
@@ -350,22 +355,6 @@ class HFBackend:
             for module, training in modes:
                 module.training = training
 
-    @contextlib.contextmanager
-    def _speaking_as(self, adapter: str | None) -> Iterator[None]:
-        """One adapter active (or none of ours), and the one that was afterwards."""
-        if adapter is not None:
-            before = self.model.active_adapter
-            self.model.set_adapter(self._adapters[adapter])
-            try:
-                yield
-            finally:
-                self.model.set_adapter(before)
-        elif self._folders:
-            with self.model.disable_adapter():
-                yield
-        else:
-            yield
-
 
 @contextlib.contextmanager
 def _no_progress_bar(transformers: Any) -> Iterator[None]:
@@ -390,19 +379,3 @@ def _free_bytes(device: Any) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     text = limit.read_text("ascii").strip() if limit.is_file() else "max"
     return min(free, 16 * 2**30, int(text) if text.isdigit() else free)
-
-
-def _is_plain(config: Any) -> bool:
-    """Whether PEFT decodes rows of this adapter and of others in one batch."""
-    special = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens")
-    return config.peft_type == "LORA" and not any(getattr(config, name, None) for name in special)
-
-
-def _add_adapter(model: Any, folder: str, name: str) -> Any:
-    peft = require("peft", "hf")
-    if not Path(folder, "adapter_config.json").is_file():
-        raise MissingAssetError(f"expected a PEFT folder with adapter_config.json, got {folder!r}")
-    if hasattr(model, "peft_config"):
-        model.load_adapter(folder, adapter_name=name)
-        return model
-    return peft.PeftModel.from_pretrained(model, folder, adapter_name=name)

@@ -157,7 +157,9 @@ def _open(source: str | Path, split: str | None) -> Iterator[tuple[Place, dict[s
         # PersonaChat's main branch holds a loading script, which `datasets` no longer runs; the hub converted its rows.
         where = {"revision": "refs/convert/parquet", "data_dir": "full"} if name == "personachat" else {}
         return hub_records(HUB.get(name, name), split or "train", **where)
-    raise MissingAssetError(f"expected 'sharegpt', a file, one of {', '.join(HUB)} or a hub data set 'owner/name', got {name!r}")
+    raise MissingAssetError(
+        f"expected {', '.join(PACKAGED)}, a file, one of {', '.join(HUB)} or a hub data set 'owner/name', got {name!r}"
+    )
 
 
 def _load(

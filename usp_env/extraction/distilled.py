@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from usp_env.backends.base import Generation
-from usp_env.backends.spec import parse
+from usp_env.backends.spec import format_options, parse
 from usp_env.data.conversations import Conversation
 from usp_env.errors import BackendError
 from usp_env.extraction.extractor import Outcome, Watch
@@ -32,10 +32,11 @@ class Distilled:
 
     @classmethod
     def from_spec(cls, spec: str = PACKAGED, watch: Watch | None = None) -> Distilled:
-        """The one that a spec of `load_generator` names, by its model's name (the packaged one's with its version)."""
-        model = parse(spec).model
-        version = f"-{assets.ASSETS[model].version}" if model in assets.ASSETS else ""
-        return cls(load_generator(spec), model + version, watch)
+        """The one that a spec of `load_generator` names, by what its weights are: model, version, adapter."""
+        parsed = parse(spec)
+        version = f"-{assets.ASSETS[parsed.model].version}" if parsed.model in assets.ASSETS else ""
+        weights = {key: parsed.options[key] for key in ("revision", "adapter") if key in parsed.options}
+        return cls(load_generator(spec), f"{parsed.model}{version}{format_options(weights)}", watch)
 
     def config(self) -> dict[str, Any]:
         """What decides the profiles, for a run's record."""

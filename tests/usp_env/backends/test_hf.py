@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from usp_env.backends import decoding, digests, hf  # noqa: E402
+from usp_env.backends import adapters, decoding, digests, hf  # noqa: E402
 from usp_env.backends.base import Backend, Request, Sampling  # noqa: E402
 from usp_env.backends.cache import CacheBackend  # noqa: E402
 from usp_env.backends.decoding import GROUP, gumbel_draw, nucleus_floor  # noqa: E402
@@ -505,6 +505,104 @@ def test_adapters_that_no_batch_mixes_follow_each_other(tokenizer, tmp_path):
     made = backend.generate([replace(request, adapter=name) for name in ("a", "b/x.y", None)])
     assert passes == [1] * 36
     assert len({g.token_ids for g in made}) == 3
+    backend.generate([replace(request, adapter=name) for name in ("a", None)])
+    assert passes[36:] == [2] * 12  # an adapter that nobody asked for stops nobody
+
+
+@pytest.mark.parametrize(
+    "change", [{"peft_type": "IA3"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1]},
+               {"target_parameters": ["x"]}, {"alora_invocation_tokens": [1]}]
+)  # fmt: skip
+def test_only_plain_lora_mixes(change, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.PeftModel.from_pretrained(tiny(), saved_adapters(tmp_path)["a"], adapter_name="a")
+    assert adapters.mixes(model, ["a", adapters.BASE])
+    for key, value in change.items():
+        setattr(model.peft_config["a"], key, value)
+    assert not adapters.mixes(model, ["a", adapters.BASE])
+    assert adapters.mixes(model, [adapters.BASE])
+
+
+def test_merged_adapters_and_experts_do_not_mix(tokenizer, tmp_path):
+    backend = HFBackend(tiny(), tokenizer, adapters=saved_adapters(tmp_path))
+    assert adapters.mixes(backend.model, ["adapter_0", "adapter_1"])
+    backend.model.config.num_local_experts = 2
+    assert not adapters.mixes(backend.model, ["adapter_0", "adapter_1"])
+    del backend.model.config.num_local_experts
+    backend.model.merge_adapter()
+    assert not adapters.mixes(backend.model, ["adapter_0", "adapter_1"])
+
+
+def test_an_error_in_a_batch_of_adapters_leaves_nothing_behind(tokenizer, tmp_path):
+    backend = HFBackend(tiny(), tokenizer, adapters=saved_adapters(tmp_path), prefix_gib=0.0)
+    request = Request(token_ids=[40, 50, 60], sampling=Sampling(max_tokens=12), seed=3)
+    a, b = (replace(request, adapter=name) for name in ("a", "b/x.y"))
+    expected = [backend.generate([r])[0].token_ids for r in (a, b)]
+    assert expected[0] != expected[1]
+    spent = []
+
+    def once(module, args):
+        if not spent:
+            spent.append(True)
+            raise torch.OutOfMemoryError("full")
+
+    backend.model.get_base_model().lm_head.register_forward_pre_hook(once)
+    assert [g.token_ids for g in backend.generate([a, b])] == expected
+    assert [g.token_ids for g in backend.generate([b, b])] == [expected[1]] * 2
+    assert backend.generate([a])[0].token_ids == expected[0]
+    assert spent
+
+
+def test_a_layer_that_is_not_given_the_batch_s_rows_is_an_error(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.PeftModel.from_pretrained(tiny(), saved_adapters(tmp_path)["a"], adapter_name="a")
+    with (
+        pytest.raises(RuntimeError, match="expected a batch of 2 rows in every adapted layer, got 1"),
+        adapters.speaking_each(model, ["a", adapters.BASE]),
+    ):
+        model(input_ids=torch.tensor([[40]]))
+
+
+def test_speaking_through_one_adapter_leaves_a_live_model_as_it_was(tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    folders = saved_adapters(tmp_path)
+    model = peft.PeftModel.from_pretrained(tiny(), folders["a"], adapter_name="a", is_trainable=True)
+    model.load_adapter(folders["b/x.y"], adapter_name="b", is_trainable=True)
+    model.base_model.set_adapter(["a", "b"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".a." in name)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    backend = HFBackend(model, tokenizer, prefix_gib=0.1)
+    request = Request(token_ids=[40, 50, 60], sampling=Sampling(max_tokens=8), seed=3)
+    assert backend.identity["active"] == "a,b"
+    both = backend.generate([request])[0].token_ids
+    one = backend.generate([replace(request, adapter="a")])[0].token_ids
+    assert model.active_adapters == ["a", "b"]
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    model.set_adapter("a")
+    assert backend.identity["active"] == "a"
+    assert backend.generate([request])[0].token_ids == one != both
+    with model.disable_adapter():  # what an adapter's layers kept is not the base's
+        assert "active" not in backend.identity
+        follow = replace(request, token_ids=[*request.token_ids, *one, 41])
+        bare = HFBackend(tiny(), tokenizer, prefix_gib=0.0)
+        assert backend.generate([follow])[0].token_ids == bare.generate([follow])[0].token_ids
+
+
+def test_a_model_with_transformers_own_adapters_is_refused(tokenizer, tmp_path):
+    folders = saved_adapters(tmp_path)
+    model = tiny()
+    model.load_adapter(folders["a"], adapter_name="own")
+    with pytest.raises(SpecError, match="PeftModel"):
+        HFBackend(model, tokenizer, adapters=folders)
+
+
+def test_an_adapter_s_configuration_is_part_of_its_digest(tmp_path):
+    folders = saved_adapters(tmp_path)
+    before = digests.hash_folder(folders["a"])
+    config = tmp_path / "1" / "adapter_config.json"
+    config.write_text(config.read_text("utf-8").replace('"lora_alpha": 8', '"lora_alpha": 16'), "utf-8")
+    assert digests.hash_folder(folders["a"]) != before
 
 
 def test_the_cache_is_written_in_place(backend):

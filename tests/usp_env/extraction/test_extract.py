@@ -35,6 +35,7 @@ from usp_env.extraction.distilled import Distilled  # noqa: E402
 from usp_env.extraction.extractor import Extractor  # noqa: E402
 from usp_env.extraction.generator import ProfileGenerator  # noqa: E402
 from usp_env.extraction.run import extract_bank, parse_shares, split_of  # noqa: E402
+from usp_env.models import assets  # noqa: E402
 from usp_env.profiles import Profile, ProfileBank, combine, reserved_ids  # noqa: E402
 
 
@@ -385,6 +386,18 @@ def test_a_profile_generator_writes_silver(tmp_path: Path) -> None:
     assert combine(mender, Profile("a", "You sew.", "You ramble.")).silver == "tiny-1"
     again = extract_bank((conversation(i) for i in range(3)), out, source, splits=(1, 0, 0), text=False, resume=True)
     assert (again.kept, again.done) == (0, 3)
+
+
+def test_silver_names_the_weights_that_wrote_it_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("usp_env.extraction.distilled.load_generator", lambda spec: ProfileGenerator(ScriptedBackend([])))
+    version = assets.ASSETS["profile-generator"].version
+    for spec, name in (
+        ("profile-generator", f"profile-generator-{version}"),
+        ("vllm:profile-generator?max_model_len=1024", f"profile-generator-{version}"),
+        ("openai:gen@http://localhost/v1?price_in=1", "gen"),
+        ("owner/gen?revision=v1&adapter=runs/a&max_tokens=9", "owner/gen?adapter=runs/a&revision=v1"),
+    ):
+        assert Distilled.from_spec(spec).name == name
 
 
 def test_a_silver_profile_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
