@@ -89,12 +89,11 @@ def continuous(backend: HFBackend, asked: Sequence[Request]) -> int:
 
 
 def with_adapters(model: str, num: int, folder: Path) -> HFBackend:
-    """The model with `num` adapters of the packaged shape (rank 16, layers 10 to 29) and random weights."""
+    """The model with `num` adapters of rank 16 on all linear layers, with random weights."""
     from peft import LoraConfig, get_peft_model
 
     base = load(model)
-    layers = list(range(base.model.config.num_hidden_layers))[10:]
-    config = LoraConfig(r=16, target_modules="all-linear", layers_to_transform=layers, init_lora_weights=False)
+    config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
     for number in range(num):
         torch.manual_seed(number)
         get_peft_model(load(model).model, config).save_pretrained(folder / str(number))

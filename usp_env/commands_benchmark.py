@@ -11,10 +11,12 @@ from typing import Any
 
 from usp_env import backends
 from usp_env.backends.base import Backend
+from usp_env.backends.scripted import ScriptedBackend
 from usp_env.backends.spec import ModelSpec, parse
 from usp_env.console import say
 from usp_env.errors import SpecError, UnknownNameError
 from usp_env.evaluation.protocol import PROTOCOLS, Protocol
+from usp_env.files import write_whole
 
 OVERRIDES = ("bank", "split", "populations", "n", "seed", "seeds", "turns")
 """Options that depart from the protocol where they are given."""
@@ -44,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--turns", type=_at_least(1), metavar="N", help="most user turns (10)")
     parser.add_argument("--seed", type=_at_least(0), help="of profiles and noise (0)")
     parser.add_argument("--seeds", type=_at_least(0), nargs="+", metavar="S", help="episodes of a profile: one for each (0)")
-    parser.add_argument("--bank", help="sharegpt (packaged), or a JSONL file of profiles")
+    parser.add_argument("--bank", help="sharegpt or sharegpt-silver (packaged), or a JSONL file of profiles")
     parser.add_argument("--split", help="train, val or test of the bank (test); all for the whole bank")
     parser.add_argument("--judge", help="spec of a model that rates conversations from 1 to 10; offline: GoalProgress (default)")
     parser.add_argument(
@@ -78,9 +80,15 @@ def benchmark(arguments: argparse.Namespace) -> int:
 
 def _ladder(arguments: argparse.Namespace, protocol: Protocol, users: list[str]) -> int:
     """One benchmark of the ladder's assistants (and any others) per user; status 1 where one is not ranked in order."""
-    from usp_env.evaluation.benchmark_play import slug, write_text
+    from usp_env.evaluation.benchmark_play import clear, slug
     from usp_env.evaluation.validity import LADDER, ladder
+    from usp_env.users import load as load_user
 
+    for user in users:
+        load_user(user, lambda spec: ScriptedBackend([], spec=str(spec)))  # a mistake in the last one should cost nothing
+    for user in users if arguments.overwrite else ():  # all at once: --resume after a kill must not take an older ladder's rest
+        clear(Path(arguments.out) / slug(user))
+        (Path(arguments.out) / "ladder.json").unlink(missing_ok=True)
     reports = []
     for user in users:
         names = list(dict.fromkeys([*LADDER, *(arguments.assistants or ())]))
@@ -88,7 +96,7 @@ def _ladder(arguments: argparse.Namespace, protocol: Protocol, users: list[str])
         reports.append(ladder(board))
         told = " > ".join(f"{rung} {_mean(at.mean)}" for rung, at in reports[-1].averages.items())
         say(f"{user}: {told}: " + ("in order" if reports[-1].ordered else "NOT in order"))
-    write_text(Path(arguments.out) / "ladder.json", json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    write_whole(Path(arguments.out) / "ladder.json", json.dumps([asdict(report) for report in reports], indent=1) + "\n")
     say(f"written: {arguments.out}")
     return 0 if all(report.ordered for report in reports) else 1
 

@@ -21,7 +21,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `usp-env evaluate`."""
     parser.add_argument("--user", action="append", required=True, metavar="SPEC", help="simulated user; may be given many times")
     parser.add_argument("--assistant", default="smollm2-135m", help="response model of the conversation level")
-    parser.add_argument("--bank", default="sharegpt", help="sharegpt (packaged), or a JSONL file of profiles with conversations")
+    parser.add_argument(
+        "--bank",
+        default="sharegpt",
+        help="sharegpt (packaged), or a JSONL file of profiles with conversations",
+    )
     parser.add_argument("--split", default="test", help="train, val or test of the bank; all for the whole bank")
     parser.add_argument("-n", "--n", type=_positive, metavar="N", help="so many people of the split (default: all)")
     parser.add_argument("--levels", default="utterance,conversation", help="one or both, with a comma between")
@@ -53,8 +57,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     folder, card_file = _places(arguments.out)
     run.check(folder, arguments.resume, arguments.overwrite)
-    if card_file is not None and card_file.exists() and not (arguments.resume or arguments.overwrite):
-        raise SpecError(f"--out {card_file}: the file exists; name another, or say --resume or --overwrite")
+    for file in (card_file, card_file.with_suffix(".md")) if card_file and not (arguments.resume or arguments.overwrite) else ():
+        if file.exists():
+            raise SpecError(f"--out {file}: the file exists; name another, or say --resume or --overwrite")
     if "human" in (*arguments.user, arguments.assistant):
         raise SpecError("evaluate holds many conversations at a time; a person talks in usp-env chat")
     plan = _plan(arguments)

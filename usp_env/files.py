@@ -1,4 +1,4 @@
-"""Reading and locking files; what every reader and writer of the project shares."""
+"""Reading, writing and locking files; what every reader and writer of the project shares."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def decode(data: bytes, path: str | Path, error: type[UspError]) -> str:
         raise error(
             f"{path}: expected UTF-8 text, got byte 0x{data[cause.start]:02x} at {cause.start}: save the file as UTF-8"
         ) from cause
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(text, "utf-8")
+    fresh.replace(path)
 
 
 def locked(stream: Any) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from usp_env.errors import SpecError
 from usp_env.evaluation.card import METRICS, Difference, Entry, Metric, not_measured
-from usp_env.evaluation.columns import Column, Measured, Measurement, Missing, Whole
+from usp_env.evaluation.columns import Column, FloatArray, Mask, Measured, Measurement, Missing, Whole
 from usp_env.evaluation.resampling import Rows, people_interval
 from usp_env.metrics import statistics
 from usp_env.metrics.consistency import harmonic_mean
 from usp_env.metrics.statistics import Interval
 
 DIGITS = 4
+COVERED = 0.9
+"""Share of a user's people that another must have values for, or it is no rival: two lucky conversations are no best."""
 
 
 def entries(found: Measurement) -> dict[str, Entry]:
@@ -59,20 +62,20 @@ def entry(metric: Metric, measured: Measured, found: Measurement) -> Entry:
 def _interval(measured: Column | Whole, people: Sequence[str]) -> Interval:
     if isinstance(measured, Whole):
         return Interval(measured.value, measured.low, measured.high, measured.n)
-    if measured.of == "mean":
-        return statistics.mean_interval(measured.values, people)
+    if measured.of in ("mean", "pairs"):
+        return statistics.mean_interval(_averaged(measured), people)
     if measured.of == "ratio":
         return statistics.ratio_interval(measured.parts[0], measured.parts[1], people)
     rows = np.flatnonzero(~np.isnan(measured.values))
-    of = _statistic(measured, people)
+    of = _statistic(measured, people, rows)
     return people_interval([people[i] for i in rows], lambda drawn: of(rows[drawn]))
 
 
-def _statistic(column: Column, people: Sequence[str]) -> Callable[[Rows], float]:
-    """The card's number of a harmonic mean or a ratio, from some rows."""
+def _statistic(column: Column, people: Sequence[str], counted: Rows) -> Callable[[Rows], float]:
+    """The card's number of a harmonic mean or a ratio, from some of the rows that are counted."""
     first, second = column.parts
     if column.of == "harmonic":
-        counts = Counter(who for who, value in zip(people, column.values, strict=True) if not math.isnan(value))
+        counts = Counter(people[i] for i in counted)
         weights = np.array([1 / max(counts[who], 1) for who in people])  # people weigh the same, however many rows they have
 
         def harmonic(rows: Rows) -> float:
@@ -92,7 +95,9 @@ def _statistic(column: Column, people: Sequence[str]) -> Callable[[Rows], float]
 
 
 def differences(users: Mapping[str, Measurement], cards: Mapping[str, Mapping[str, Entry]]) -> dict[str, dict[str, Difference]]:
-    """Each user against the best of the others, by metric; metrics without a direction are left out.
+    """Each user against the best of the others that have values for its people (`COVERED`), by metric.
+
+    Metrics without a direction are left out.
 
     Args:
         users: Simulated users' measurements at one level.
@@ -103,36 +108,55 @@ def differences(users: Mapping[str, Measurement], cards: Mapping[str, Mapping[st
         means = {user: _mean_of(cards[user].get(name)) for user in users if isinstance(users[user].metrics.get(name), Column)}
         known = {user: mean for user, mean in means.items() if mean is not None}
         for user in known if metric.higher_is_better is not None else ():
-            others = {other: mean for other, mean in known.items() if other != user}
+            own = _people_of(users[user], name)
+            others = {
+                other: mean
+                for other, mean in known.items()
+                if other != user and len(own & _people_of(users[other], name)) >= COVERED * len(own)
+            }
             if others:
                 best = (max if metric.higher_is_better else min)(others, key=others.__getitem__)
                 out[user][name] = difference(metric, name, users[user], users[best], best)
     return out
 
 
+def _people_of(user: Measurement, name: str) -> set[str]:
+    """Whom a metric has a value for."""
+    column = user.metrics[name]
+    if not isinstance(column, Column):
+        return set()
+    known = ~np.isnan(column.parts or (column.values,)).any(axis=0)  # a ratio counts a person without a share of their own
+    return {user.people[i] for i in np.flatnonzero(known)}
+
+
 def difference(metric: Metric, name: str, user: Measurement, other: Measurement, against: str) -> Difference:
-    """A user against another in one metric, on the people whom both have a value for."""
+    """A user against another in one metric, on the people whom both have a value for, and on the turns that both said."""
     a, b = user.metrics[name], other.metrics[name]
     if not isinstance(a, Column) or not isinstance(b, Column):
         raise SpecError(f"{name}: expected a value for each dialogue of both users, got {a!r:.80} and {b!r:.80}")
-    found = _difference(metric, a, user.people, b, other.people, against)
+    both = None if user.compared is None or other.compared is None else user.compared & other.compared
+    found = _difference(metric, _among(a, both), user.people, _among(b, both), other.people, against)
     if a.twin is not None and b.twin is not None:
-        found["twin"] = _difference(metric, a.twin, user.people, b.twin, other.people, against)
+        found["twin"] = _difference(metric, _among(a.twin, both), user.people, _among(b.twin, both), other.people, against)
     return found
+
+
+def _among(column: Column, turns: Mask | None) -> Column:
+    return column if turns is None or column.among is None else replace(column, values=column.among(turns))
 
 
 def _difference(
     metric: Metric, a: Column, people_a: Sequence[str], b: Column, people_b: Sequence[str], against: str
 ) -> Difference:
     ratio, effect = None, math.nan
-    if a.of == "mean":
-        pair = (a.values, people_a, b.values, people_b)
+    if a.of in ("mean", "pairs"):
+        pair = (_averaged(a), people_a, _averaged(b), people_b)
         interval, effect = statistics.paired_difference(*pair), statistics.minimum_detectable_effect(*pair)
         found = statistics.paired_ratio(*pair).value
         ratio = _number(found) if found >= 0 else None  # a margin says nothing where cosines are below 0
     else:
         rows = np.flatnonzero(~(np.isnan(a.parts).any(axis=0) | np.isnan(b.parts).any(axis=0)))
-        of_a, of_b = _statistic(a, people_a), _statistic(b, people_b)
+        of_a, of_b = _statistic(a, people_a, rows), _statistic(b, people_b, rows)
         interval = people_interval([people_a[i] for i in rows], lambda drawn: of_a(rows[drawn]) - of_b(rows[drawn]))
     return {
         "against": against,
@@ -142,6 +166,11 @@ def _difference(
         "n": interval.n,
         "minimum_detectable_effect": _scaled(effect, metric),
     }
+
+
+def _averaged(column: Column) -> FloatArray:
+    """What the card's number is the mean of, over people."""
+    return column.parts[0] if column.of == "pairs" else column.values
 
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────

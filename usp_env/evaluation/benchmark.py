@@ -34,13 +34,30 @@ from usp_env.errors import RunDirectoryError, SpecError
 from usp_env.evaluation import validity
 from usp_env.evaluation.benchmark_bootstrap import EpisodeScore
 from usp_env.evaluation.benchmark_judging import Jury, gate, judge_duels, judge_episodes
-from usp_env.evaluation.benchmark_play import LANES, Bench, Say, play, slug, spent, with_openings, write_text
-from usp_env.evaluation.benchmark_scores import Results, results
+from usp_env.evaluation.benchmark_play import (
+    BOARD,
+    COST,
+    DUELS,
+    JUDGE,
+    LANES,
+    MARKDOWN,
+    RUNS,
+    VERDICTS,
+    Bench,
+    Say,
+    clear,
+    play,
+    slug,
+    spent,
+    with_openings,
+)
+from usp_env.evaluation.benchmark_scores import Results, results, with_twin
 from usp_env.evaluation.leaderboard import Leaderboard, Score
 from usp_env.evaluation.protocol import USP_BENCH_1, Facts, Protocol, departures, draw, weights
-from usp_env.files import read_text
+from usp_env.files import read_text, write_whole
 from usp_env.metrics.judges import Judge
-from usp_env.rewards.base import RewardLike, make_reward
+from usp_env.rewards.base import RewardLike, WeightedSum, make_reward
+from usp_env.rewards.goal import GoalProgress
 from usp_env.sampling import Sampler, load_sampler
 from usp_env.transcripts import RUN, Transcript, check_free, describe, read_config, versions
 from usp_env.users.base import Partner
@@ -96,6 +113,7 @@ def benchmark(
     scorer = make_reward(protocol.reward if reward is None else reward, "assistant")
     if scorer is None:
         raise SpecError("the benchmark needs a reward for its curves, even where a judge gives the scores")
+    twin = _twin(scorer)  # loaded before anything is played, like the reward itself
     partner = user or users.load(protocol.user, source)
     live: dict[str, Any] = {"bank": sampler.bank.name, "user": partner.spec if user else protocol.user, "reward": scorer.name}
     protocol = replace(protocol, **live, judge="offline" if judge is None else judge.name)
@@ -103,12 +121,12 @@ def benchmark(
         partner, sampler, scorer, "assistant", population=protocol.populations[0], max_turns=protocol.turns
     )
     plan, facts = draw(sampler, protocol), Facts.of(sampler, partner, scorer)
-    bench = Bench(folder, protocol, conductor, plan, lanes, overwrite, say)
+    bench = Bench(folder, protocol, conductor, plan, lanes, say)
     if not isinstance(assistants, Mapping):
         for name in names:  # a mistake in the last one should not cost the games of the others
             load_assistant(name, bench, lambda spec: ScriptedBackend([], spec=str(spec)))
-    _begin(folder, _settings(bench, facts), resume)
-    report = gate(judge, calibration, folder / "judge.json", overwrite) if judge is not None else None
+    _begin(folder, _settings(bench, facts), resume, overwrite)
+    report = gate(judge, calibration, folder / JUDGE) if judge is not None else None
     bench = replace(bench, plan=with_openings(bench))
     specs, digests, played = {}, {}, {}
     for name in names:
@@ -116,13 +134,17 @@ def benchmark(
         specs[name], digests[name], played[name] = speaker.spec, weights(speaker), play(bench, name, speaker)
     scores, wins = _scores(bench, played, judge), None
     if judge is not None and pairwise:
-        wins = judge_duels(judge, played, folder / "duels.jsonl", overwrite)
+        wins = judge_duels(judge, played, folder / DUELS)
     found = results(scores, specs, protocol.turns, wins, ranking)
     found = replace(found, rows=[replace(row, weights=digests[row.assistant]) for row in found.rows])
+    if twin is not None:
+        found = with_twin(found, _scores_by(twin, bench, played))
     board = _board(bench, facts, found, judge, report)
+    if twin is not None:
+        board = replace(board, twin=Score(protocol.reward, twin.identity["scorer"], board.curve_score.unit))
     cost = json.dumps({name: spent(bench, name) for name in names}, ensure_ascii=False, indent=1) + "\n"
-    for file, text in (("leaderboard.json", board.to_json()), ("leaderboard.md", board.markdown()), ("cost.json", cost)):
-        write_text(folder / file, text)
+    for file, text in ((BOARD, board.to_json()), (MARKDOWN, board.markdown()), (COST, cost)):
+        write_whole(folder / file, text)
     return board
 
 
@@ -140,10 +162,7 @@ def _scores(bench: Bench, played: Mapping[str, Sequence[Transcript]], judge: Jud
     found = [episode_score(name, transcript) for name, own in played.items() for transcript in own]
     if judge is None:
         return found
-    told = {
-        name: judge_episodes(judge, own, bench.out / "runs" / slug(name) / "verdicts.jsonl", bench.overwrite)
-        for name, own in played.items()
-    }
+    told = {name: judge_episodes(judge, own, bench.out / RUNS / slug(name) / VERDICTS) for name, own in played.items()}
     return [_judged(score, told[score.assistant][score.episode]) for score in found]
 
 
@@ -160,6 +179,24 @@ def episode_score(assistant: str, transcript: Transcript) -> EpisodeScore:
         transcript.end_reason,
         (sums or (0.0,)) if transcript.valid else (),
     )
+
+
+def _twin(reward: WeightedSum) -> GoalProgress | None:
+    """The reward by its held-out scorer; None where it has none."""
+    (weight, part), *others = reward.parts
+    return part.twin if isinstance(part, GoalProgress) and weight == 1 and not others else None
+
+
+def _scores_by(twin: GoalProgress, bench: Bench, played: Mapping[str, Sequence[Transcript]]) -> list[EpisodeScore]:
+    """What `episode_score` gives, with the values of another scorer on the same conversations."""
+    found, bank = [], bench.conductor.sampler.bank
+    for name, own in played.items():
+        terms = twin([bank.get(t.profile_id) for t in own], [t.dialogue() for t in own])
+        for transcript, told in zip(own, terms, strict=True):
+            score = episode_score(name, transcript)
+            value = 100 * told.value if told is not None and transcript.valid else float("nan")
+            found.append(replace(score, value=value, curve=()))
+    return found
 
 
 def _judged(score: EpisodeScore, rating: float) -> EpisodeScore:
@@ -216,8 +253,10 @@ def _names(assistants: Sequence[str] | Mapping[str, Partner], no_judge: bool) ->
     return names
 
 
-def _begin(folder: Path, config: Mapping[str, Any], resume: bool) -> None:
+def _begin(folder: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
     """Write `run.json`, or check that a resumed run's says the same."""
+    if overwrite:  # first of all: a run that is killed from here on must find nothing of the old one when it is resumed
+        clear(folder)
     if resume and (folder / RUN).is_file():
         before = read_config(folder)
         changed = [
@@ -231,7 +270,7 @@ def _begin(folder: Path, config: Mapping[str, Any], resume: bool) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / RUN, json.dumps(describe(config), indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / RUN, json.dumps(describe(config), indent=1, ensure_ascii=False) + "\n")
 
 
 def _read_reference(file: Path) -> dict[str, Any]:

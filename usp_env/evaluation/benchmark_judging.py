@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from usp_env.dialogue import Dialogue
 from usp_env.errors import RunDirectoryError
-from usp_env.files import read_text
+from usp_env.files import read_text, write_whole
 from usp_env.metrics.calibration import ANCHORS, Anchor, SpeakerCase, admit, speaker_cases
-from usp_env.metrics.judges import Judge, Verdict, transcript
+from usp_env.metrics.judges import Judge, Verdict, cut, transcript
 from usp_env.metrics.judging import RUBRICS, Comparison, compare, rate
 from usp_env.transcripts import Transcript
 
@@ -37,21 +37,28 @@ class Jury(NamedTuple):
     anchors: Sequence[Anchor] = ANCHORS
 
 
-def gate(judge: Judge, calibration: Jury | None, file: Path, overwrite: bool) -> dict[str, Any]:
+def gate(judge: Judge, calibration: Jury | None, file: Path) -> dict[str, Any]:
     """Let the judge pass the gate; one that passed before, in this directory, need not again.
 
     Raises:
         JudgeRefusedError: It did not pass.
     """
-    if not overwrite and file.is_file():
-        known: dict[str, Any] = json.loads(read_text(file, RunDirectoryError))
-        if known.get("judge") == judge.name:
-            return known
+    if (known := _passed(file)) is not None and known.get("judge") == judge.name:
+        return known
     jury = calibration or Jury(speaker_cases(real_dialogues()))
     passed = admit(judge, jury.cases, jury.anchors)
     report = {"judge": judge.name, **{key: None if value != value else value for key, value in passed._asdict().items()}}
-    file.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write_whole(file, json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _passed(file: Path) -> dict[str, Any] | None:
+    """What a judge passed the gate with before; None where there is nothing, or a damaged file: then it is asked again."""
+    try:
+        known = json.loads(read_text(file, RunDirectoryError)) if file.is_file() else None
+    except ValueError:
+        return None
+    return known if isinstance(known, dict) else None
 
 
 def real_dialogues(n: int = CASES) -> list[Dialogue]:
@@ -68,12 +75,12 @@ def real_dialogues(n: int = CASES) -> list[Dialogue]:
     return [dialogue for dialogue, _ in zip((d for d in found if len(d) > 1), range(n), strict=False)]
 
 
-def judge_episodes(judge: Judge, played: Sequence[Transcript], file: Path, overwrite: bool) -> dict[str, float]:
+def judge_episodes(judge: Judge, played: Sequence[Transcript], file: Path) -> dict[str, float]:
     """Ratings from 1 to 10 by episode id, NaN where the judge gave none; asked about once, kept in `file`.
 
     An assistant that was silent in a valid episode gets the lowest rating. A call that failed is asked again with the next run.
     """
-    known = _read(file, overwrite)
+    known = _read(file)
     asked = [t for t in played if t.valid and t.episode_id not in known]
     for start in range(0, len(asked), BATCH):
         batch = asked[start : start + BATCH]
@@ -84,11 +91,9 @@ def judge_episodes(judge: Judge, played: Sequence[Transcript], file: Path, overw
     return {t.episode_id: known.get(t.episode_id, math.nan) for t in played}
 
 
-def judge_duels(
-    judge: Judge, played: Mapping[str, Sequence[Transcript]], file: Path, overwrite: bool
-) -> dict[tuple[str, str, str], float]:
+def judge_duels(judge: Judge, played: Mapping[str, Sequence[Transcript]], file: Path) -> dict[tuple[str, str, str], float]:
     """What the judge finds between every two assistants' conversations that began alike: 1, 0.5 or 0 for the first."""
-    known = _read(file, overwrite)
+    known = _read(file)
     found = {}
     for first, second in combinations(played, 2):
         other = {t.episode_id: t for t in played[second] if t.valid}
@@ -107,13 +112,11 @@ def judge_duels(
 
 def _comparison(first: Transcript, second: Transcript) -> Comparison:
     opening = first.messages[0]["content"] if first.messages else ""
-    return Comparison(transcript(first.dialogue()), transcript(second.dialogue()), opening)
+    return Comparison(transcript(first.dialogue()), transcript(second.dialogue()), cut(opening))
 
 
-def _read(file: Path, overwrite: bool) -> dict[str, float]:
+def _read(file: Path) -> dict[str, float]:
     """Answers that are there; a last line that a crash cut off is left out."""
-    if overwrite:
-        file.unlink(missing_ok=True)
     if not file.is_file():
         return {}
     whole, _, torn = file.read_bytes().rpartition(b"\n")

@@ -16,13 +16,15 @@ from usp_env.driver import Conductor
 from usp_env.episode import Episode
 from usp_env.errors import RunDirectoryError, SpecError, UspError
 from usp_env.evaluation.protocol import Plan, Protocol
-from usp_env.files import read_text
+from usp_env.files import read_text, write_whole
 from usp_env.ledger import FILE as LEDGER
 from usp_env.records import EpisodeSpec
 from usp_env.rollout import roll
-from usp_env.transcripts import RUN, RunDirectory, Transcript, read_transcripts
+from usp_env.transcripts import FILE, RUN, RunDirectory, Transcript, read_config, read_transcripts
 from usp_env.users.base import Partner
 
+RUNS, OPENINGS, VERDICTS, DUELS, JUDGE = "runs", "openings.jsonl", "verdicts.jsonl", "duels.jsonl", "judge.json"
+BOARD, MARKDOWN, COST = "leaderboard.json", "leaderboard.md", "cost.json"
 LANES = 16
 """Conversations at a time, and size of the groups that a killed run begins again."""
 
@@ -39,7 +41,6 @@ class Bench:
         conductor: User, sampler, reward and rules.
         plan: The episodes, openings included.
         lanes: See `LANES`.
-        overwrite: Begin anew over runs that are there.
         say: Told what happens.
     """
 
@@ -48,7 +49,6 @@ class Bench:
     conductor: Conductor
     plan: Plan
     lanes: int
-    overwrite: bool
     say: Say
 
 
@@ -61,15 +61,40 @@ class Run(RunDirectory):
             super().write_episode(episode, conductor)
 
 
+def clear(folder: Path) -> None:
+    """Delete what an earlier benchmark wrote here, and nothing else that lies here.
+
+    What was made from another file goes before it, `run.json` last: a kill in here leaves a part of that benchmark which can be
+    resumed, and nothing of it that could pass for a part of the next.
+    """
+    runs = [file.parent for file in folder.glob(f"{RUNS}/*/*/{RUN}") if _is_ours(file.parent)]
+    made = [folder / name for name in (BOARD, MARKDOWN, COST, DUELS)]
+    made += [path.parent / VERDICTS for path in runs] + [folder / JUDGE]
+    made += [path / name for path in runs for name in (RUN, FILE, LEDGER)] + [folder / OPENINGS, folder / RUN]
+    for file in made:
+        file.unlink(missing_ok=True)
+    for place in dict.fromkeys([*runs, *(path.parent for path in runs)]):
+        if not any(place.iterdir()):
+            place.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `play` wrote a run directory: `--out` may be a folder in which other programs keep their `runs`."""
+    try:
+        return {"populations", "population", "assistant"} <= set(read_config(path))
+    except RunDirectoryError:
+        return False
+
+
 def play(bench: Bench, name: str, speaker: Partner) -> list[Transcript]:
     """All episodes of one assistant, read back from their run directories."""
     if speaker.role != "assistant":
         raise SpecError(f"{name!r}: expected a speaker of the assistant's seat, got one of the {speaker.role}'s")
     conductor, found = bench.conductor, []
     for population, specs in bench.plan.episodes.items():
-        path = bench.out / "runs" / slug(name) / population
+        path = bench.out / RUNS / slug(name) / population
         config = {**asdict(bench.protocol), "population": population, "assistant": speaker.spec, "lanes": bench.lanes}
-        known = not bench.overwrite and (path / RUN).is_file()
+        known = (path / RUN).is_file()
         record = Run(path, config, known, not known, conductor.provenance(speaker))
         record.models = {"user": conductor.partner.spec, "assistant": speaker.spec}
         conductor.record = record
@@ -86,7 +111,7 @@ def play(bench: Bench, name: str, speaker: Partner) -> list[Transcript]:
 
 def spent(bench: Bench, name: str) -> dict[str, Any]:
     """What one assistant's runs took, by population: their ledgers."""
-    files = {population: bench.out / "runs" / slug(name) / population / LEDGER for population in bench.plan.episodes}
+    files = {population: bench.out / RUNS / slug(name) / population / LEDGER for population in bench.plan.episodes}
     return {population: json.loads(read_text(file, RunDirectoryError)) for population, file in files.items() if file.is_file()}
 
 
@@ -126,14 +151,14 @@ def slug(name: str) -> str:
 
 def with_openings(bench: Bench) -> Plan:
     """The plan with every episode's opening, read from the directory or made now."""
-    file, specs = bench.out / "openings.jsonl", bench.plan.all
-    if bench.overwrite or not file.is_file():
+    file, specs = bench.out / OPENINGS, bench.plan.all
+    if not file.is_file():
         found: dict[str, str | None] = {}
         for start in range(0, len(specs), bench.lanes):
             forget(bench.conductor.partner)
             found.update(_openings(bench.conductor, specs[start : start + bench.lanes]))
         lines = [json.dumps({"episode_id": key, "opening": text}, ensure_ascii=False) for key, text in found.items()]
-        write_text(file, "".join(line + "\n" for line in lines))
+        write_whole(file, "".join(line + "\n" for line in lines))
         bench.say(f"{len(found)} openings")
     records = [json.loads(line) for line in read_text(file, RunDirectoryError).split("\n") if line]
     known = {record["episode_id"]: record["opening"] for record in records}
@@ -157,10 +182,3 @@ def _openings(conductor: Conductor, specs: Sequence[EpisodeSpec]) -> dict[str, s
                 f"the opening of {episode.spec.profile_id!r} could not be made ({episode.error}): try again with --resume"
             )
     return {episode.id: episode.messages[0].content if episode.messages else None for episode in episodes}
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    fresh = file.with_name(f"{file.name}.new")
-    fresh.write_text(text, "utf-8")
-    fresh.replace(file)

@@ -64,6 +64,22 @@ def results(
     return Results(placed, pairs(table, [row.assistant for row in placed], drawn, wins), told)
 
 
+def with_twin(found: Results, scores: Sequence[EpisodeScore]) -> Results:
+    """The same with averages by a held-out scorer.
+
+    Args:
+        found: By the scorer that ranks.
+        scores: The same episodes by the other.
+    """
+    table = Table.of(scores, [row.assistant for row in found.rows])
+    drawn, place = Resampled(table), {name: i for i, name in enumerate(table.assistants)}
+    reason = "a population has no episode that the twin can score"
+    rows = [replace(row, twin=Estimate.of(drawn.average(place[row.assistant]), reason)) for row in found.rows]
+    columns = [drawn.column(place[pair.first], place[pair.second]) for pair in found.pairs]  # the better is always first
+    pairs = [replace(p, twin=Estimate.of(drawn.average(c), reason)) for p, c in zip(found.pairs, columns, strict=True)]
+    return Results(rows, pairs, found.reference)
+
+
 def rows(table: Table, specs: Mapping[str, str], turns: int, drawn: Resampled, wins: Wins | None = None) -> list[Row]:
     """The leaderboard's rows, best first."""
     ratings = _ratings(table, wins)

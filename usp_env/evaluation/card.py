@@ -6,7 +6,8 @@
 
 Rows of `users` beside the simulated ones: `REAL`, the people themselves (similarities: one half of a person's turns against the
 other), and `NEIGHBOUR` (similarities of a person and the one of `train` with the nearest objective facts). The card holds no
-wall-clock time, so that a resumed run writes the same bytes; what a run cost is in `cost.json` beside it.
+wall-clock time, so that the same generations give the same bytes; what a run cost is in `cost.json` beside it. A resumed run
+makes no generation again, but conversations then share other batches, which may change what a model says in those that are left.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from usp_env.errors import UspError
-from usp_env.files import read_text
+from usp_env.files import read_text, write_whole
 
 REAL, NEIGHBOUR = "real", "real:neighbour"
 CARD, MARKDOWN, COST = "card.json", "card.md", "cost.json"
@@ -90,6 +91,7 @@ class Entry(TypedDict):
         note: What to know when reading it.
         detail: What belongs to some metrics alone: the ADV curve (`percentiles`, `curve`, `at_mark`), the curve of `drift`
             by turn (`turns`, `dialogues`), AVA's `threshold` and `sensitivity`, `precision` and `recall`, `alarm` and `p_value`.
+            Similarities of the utterance level: how many `turns` were said, and where the user `ended` instead of saying one.
         twin: The same by the held-out scorer, without a twin of its own.
     """
 
@@ -107,6 +109,9 @@ class Entry(TypedDict):
 
 class Difference(TypedDict):
     """A user against the best of the other simulated users in one metric, on the same people.
+
+    The other has values for at least 90 % of the user's people. At the utterance level the difference is over the turns that
+    both said (termination F1 but all decisions), without those that have no context where one of the two is given no profile.
 
     Attributes:
         against: That other user.
@@ -207,13 +212,6 @@ def read_card(path: str | Path) -> Card:
     except ValueError as error:
         raise UspError(f"{file}: expected a quality card, it is damaged ({error})") from error
     return card
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(text, "utf-8")
-    fresh.replace(path)
 
 
 def write_card(path: Path, card: Card) -> None:

@@ -35,9 +35,8 @@ def _utterances(people: Sequence[Person], most: int | None, scorers: Scorers) ->
     found = utterance.measure(todo, spoken, True, scorers)
     turns = _by_person(todo)
     odd, even, lengths = _pairs([own[::2] for own in turns], [own[1::2] for own in turns])
-    return replace(
-        found, metrics={**found.metrics, **_noted(said.likeness(odd, even, lengths, scorers), HALVES), "termination_f1": _PEOPLE}
-    )
+    likeness = said.likeness(odd, even, lengths, found.people, scorers)
+    return replace(found, metrics={**found.metrics, **_noted(likeness, HALVES), "termination_f1": _PEOPLE})
 
 
 def _conversations(people: Sequence[Person], everyone: Sequence[Person], turns: int, scorers: Scorers) -> Measurement:
@@ -45,8 +44,8 @@ def _conversations(people: Sequence[Person], everyone: Sequence[Person], turns: 
     found = conversation.measure(rows, True, turns, scorers)
     halves = [(_only(who.turns[::2]), _only(who.turns[1::2])) for who in people]
     odd, even = ([_joined(pair[k]) for pair in halves] for k in (0, 1))
-    likeness = said.likeness(odd, even, [1] * len(people), scorers)
     ids = [who.id for who in people]
+    likeness = said.likeness(odd, even, [1] * len(people), ids, scorers)
     distance = shape.adv(
         {"real": ([pair[1] for pair in halves], [pair[0] for pair in halves])},
         {"real": ids},
@@ -97,9 +96,9 @@ def neighbour(
     if level == "utterance":
         turns = _by_person(_turns(kept, most))
         flat, real_turns, lengths = _pairs(theirs, turns)
-        return Measurement(ids, _noted(said.likeness(flat, real_turns, lengths, scorers), OTHER))
+        return Measurement(ids, _noted(said.likeness(flat, real_turns, lengths, ids, scorers), OTHER))
     mine, other = [_only(who.turns) for who in kept], [_only(turns) for turns in theirs]
-    likeness = said.likeness([_joined(d) for d in other], [_joined(d) for d in mine], [1] * len(kept), scorers)
+    likeness = said.likeness([_joined(d) for d in other], [_joined(d) for d in mine], [1] * len(kept), ids, scorers)
     distance = shape.adv({"other": (mine, other)}, {"other": ids}, _dialogues(everyone), scorers, False)["other"]
     return Measurement(ids, _noted({**likeness, "adv": distance}, OTHER))
 

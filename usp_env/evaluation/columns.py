@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +20,10 @@ class Column:
     Args:
         values: (m,); NaN: no judgement.
         scorer: What found them.
-        of: What the card's number is: the mean of `values` over people; the ratio of sums of `parts`; or the harmonic mean of the
-            means of `parts`, as in the paper's tables.
-        parts: Two of (m,): numerators and denominators, or precisions and recalls.
+        of: What the card's number is: the mean of `values` over people; the mean over pairs of people, `values` being that over a
+            row's pairs; the ratio of sums of `parts`; or the harmonic mean of the means of `parts`, as in the paper's tables.
+        parts: Of (m,): numerators and denominators, precisions and recalls, or the jackknife's pseudo-values of pairs.
+        among: `values` over some of the turns, given as (m, t); None where a row is not made of turns.
         twin: The same by the held-out scorer.
         note: See `usp_env.evaluation.card.Entry`.
         detail: See there.
@@ -29,8 +31,9 @@ class Column:
 
     values: FloatArray
     scorer: str
-    of: Literal["mean", "ratio", "harmonic"] = "mean"
+    of: Literal["mean", "pairs", "ratio", "harmonic"] = "mean"
     parts: tuple[FloatArray, ...] = ()
+    among: Callable[[Mask], FloatArray] | None = None
     twin: Column | None = None
     note: str = ""
     detail: Mapping[str, Any] = field(default_factory=dict)
@@ -78,12 +81,15 @@ class Measurement:
         metrics: Name to what was found.
         invalid: Outcome to how many generations or episodes gave nothing to measure.
         rows: Also of each row, for `scores.jsonl`.
+        compared: Which turns of each row a difference may rest on, (m, t), t the same for every user; None where users do not
+            answer the same contexts.
     """
 
     people: tuple[str, ...]
     metrics: Mapping[str, Measured]
     invalid: Mapping[str, int] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
+    compared: Mask | None = None
 
 
 def with_twin(columns: Sequence[Column]) -> Column:

@@ -171,7 +171,7 @@ def measure(rows: Sequence[Talk], given: bool, turns: int, scorers: Scorers) -> 
     firsts = [next((turn for turn in one.turns if turn.strip()), "") for one in own]
     manner = said.manner(own, profiles, scorers)
     metrics: dict[str, Measured] = {
-        **said.likeness(generated, real, [1] * len(rows), scorers),
+        **said.likeness(generated, real, [1] * len(rows), [who.id for who in people], scorers),
         **manner,
         **_recall(own, [ProfileText.of(profile) for profile in profiles], manner["r_dp_p"], scorers),
         "copy_rate_assistant": Column(continuity.copied_from_assistant([row.own for row in rows]), "4-grams"),

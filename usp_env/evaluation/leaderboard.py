@@ -60,7 +60,7 @@ class Score:
     Args:
         name: `goal`, or `judge`.
         scorer: What gave them.
-        unit: `percent`, or `1-10`.
+        unit: For people: `%`, `x 100` (of a return that is no share), or `1-10`.
         higher_is_better: Always true today.
     """
 
@@ -88,6 +88,7 @@ class Row:
         marked: More than 2 % of the episodes are invalid.
         endings: End reason to number of episodes.
         weights: Digest of its weights; None where there are none, or nobody tells.
+        twin: The average by the held-out scorer; None without one.
     """
 
     rank: int | None
@@ -103,6 +104,7 @@ class Row:
     marked: bool
     endings: Mapping[str, int]
     weights: str | None = None
+    twin: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ class Pair:
         wins: Episodes in which the first does better; likewise the next two.
         ties: Neither.
         losses: The second does.
+        twin: The average by the held-out scorer; None without one.
     """
 
     first: str
@@ -126,6 +129,7 @@ class Pair:
     wins: int
     ties: int
     losses: int
+    twin: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,8 @@ class Leaderboard:
         caps: Population to why it has fewer than `n` profiles, where it has.
         score: What the numbers are.
         curve_score: What the curves' numbers are.
+        twin: What the numbers of the held-out scorer are: no model is trained by it, so that claims are judged by it; None
+            where the reward has no twin.
         rows: Best first.
         pairs: Every two assistants, the better first.
         reference: None without one.
@@ -176,6 +182,7 @@ class Leaderboard:
     reference: Reference | None = None
     judge: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    twin: Score | None = None
 
     def row(self, assistant: str) -> Row:
         """The row of an assistant, by the name it was given."""
@@ -186,7 +193,7 @@ class Leaderboard:
         for pair in self.pairs:
             if {pair.first, pair.second} == {first, second}:
                 found = pair.average if population is None else pair.populations[population]
-                return found if pair.first == first else _turned(found)
+                return found if pair.first == first else turned(found)
         raise KeyError((first, second))
 
     def to_json(self) -> str:
@@ -198,7 +205,8 @@ class Leaderboard:
         return "\n\n".join(part for part in (_head(self), _table(self), _curves(self), _pairs(self), _foot(self)) if part) + "\n"
 
 
-def _turned(estimate: Estimate) -> Estimate:
+def turned(estimate: Estimate) -> Estimate:
+    """A difference the other way round."""
     mean = None if estimate.mean is None else -estimate.mean
     return Estimate(mean, estimate.ci95 and (-estimate.ci95[1], -estimate.ci95[0]), estimate.n, estimate.reason)
 
@@ -217,19 +225,28 @@ def _head(board: Leaderboard) -> str:
     lines += [f"{name}: {why}." for name, why in board.caps.items()]
     score = board.score
     lines.append(f"Score: {score.name} by {_safe(score.scorer)} ({score.unit}, higher is better); 95 % intervals over people.")
+    if board.twin is not None:
+        lines.append(f"{_twin(board.twin)}: the average by {_safe(board.twin.scorer)}, which trains nothing: judge claims by it.")
     return "\n".join(lines)
+
+
+def _twin(score: Score) -> str:
+    """The heading of the held-out scorer's column."""
+    return f"{_safe(score.name)}, twin ({score.unit})"
 
 
 def _table(board: Leaderboard) -> str:
     populations = list(board.profiles)
     gaps = list(board.rows[0].gaps) if board.rows else []
-    head = ["#", "assistant", *populations, "average", *gaps, "Elo", "invalid"]
+    twin = [] if board.twin is None else [_twin(board.twin)]
+    head = ["#", "assistant", *populations, "average", *twin, *gaps, "Elo", "invalid"]
     rows = [
         [
             "–" if row.rank is None else str(row.rank),
             _safe(row.assistant),
             *(_shown(row.populations[name]) for name in populations),
             _shown(row.average),
+            *([_shown(row.twin)] if twin and row.twin else ["–"] * len(twin)),
             *(_shown(row.gaps[name], sign=True) for name in gaps),
             _shown(row.elo, digits=0),
             f"{sum(row.invalid.values())}/{row.episodes}" + (" ⚠" if row.marked else ""),
@@ -258,18 +275,20 @@ def _curves(board: Leaderboard) -> str:
 
 def _pairs(board: Leaderboard) -> str:
     populations = list(board.profiles)
+    twin = [] if board.twin is None else [_twin(board.twin)]
     rows = [
         [
             f"{_safe(pair.first)} − {_safe(pair.second)}",
             *(_shown(pair.populations[name], sign=True) for name in populations),
             _shown(pair.average, sign=True),
+            *([_shown(pair.twin, sign=True)] if twin and pair.twin else ["–"] * len(twin)),
             f"{pair.wins}/{pair.ties}/{pair.losses}",
         ]
         for pair in board.pairs
     ]
     if not rows:
         return ""
-    return "## Differences on the same episodes\n\n" + _grid(["", *populations, "average", "win/tie/loss"], rows)
+    return "## Differences on the same episodes\n\n" + _grid(["", *populations, "average", *twin, "win/tie/loss"], rows)
 
 
 def _foot(board: Leaderboard) -> str:

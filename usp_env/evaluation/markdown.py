@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from usp_env.evaluation.card import LEVELS, METRICS, Card, Difference, Entry
+from usp_env.evaluation.assemble import COVERED
+from usp_env.evaluation.card import LEVELS, METRICS, NEIGHBOUR, REAL, Card, Difference, Entry
+from usp_env.evaluation.leaderboard import MOST_INVALID
 
 HEADLINE = (
     "sem_sim",
@@ -40,18 +42,26 @@ def markdown(card: Card, cost: Mapping[str, Any]) -> str:
     return "\n".join([*head, *body, *_differences(card), *_reasons(card), *_invalid(card), *_cost(cost)]) + "\n"
 
 
+def marked(card: Card, user: str) -> bool:
+    """Whether so many of a user's conversations are invalid that its numbers are about the others alone, as on a leaderboard."""
+    lost = sum(card["users"][user]["invalid"].get("conversation", {}).values())
+    return user not in (REAL, NEIGHBOUR) and lost > MOST_INVALID * card["people"]["n"] * len(card["seeds"])
+
+
 def _level(card: Card, level: str) -> list[str]:
     rows: dict[str, dict[str, Entry]] = {user: facts[level] for user, facts in card["users"].items() if facts[level]}  # type: ignore[literal-required]
     if not rows:
         return []
     names = [name for name in METRICS if any(name in row and row[name]["mean"] is not None for row in rows.values())]
-    table = [f"| metric | {' | '.join(f'`{user}`' for user in rows)} |", "|---" * (len(rows) + 1) + "|"]
+    warned = {user: " ⚠" if level == "conversation" and marked(card, user) else "" for user in rows}
+    table = [f"| metric | {' | '.join(f'`{user}`{warned[user]}' for user in rows)} |", "|---" * (len(rows) + 1) + "|"]
     for name in names:
         metric = METRICS[name]
         arrow = {True: " ↑", False: " ↓", None: ""}[metric.higher_is_better]
         unit = f" ({metric.unit})" if metric.unit else ""
         table.append(f"| {metric.label}{arrow}{unit} | {' | '.join(_cell(row.get(name)) for row in rows.values())} |")
-    return [f"## {level.capitalize()} level", "", *table, ""]
+    note = [f"⚠ more than {MOST_INVALID:.0%} of the conversations are invalid.", ""] if any(warned.values()) else []
+    return [f"## {level.capitalize()} level", "", *table, "", *note]
 
 
 def _cell(entry: Entry | None) -> str:
@@ -60,8 +70,11 @@ def _cell(entry: Entry | None) -> str:
     text = f"{entry['mean']:.2f}"
     if entry["ci95"]:
         text += " [{:.2f}, {:.2f}]".format(*entry["ci95"])
-    if entry.get("detail", {}).get("alarm"):
+    detail = entry.get("detail", {})
+    if detail.get("alarm"):
         text += " **collapsed**"
+    if detail.get("ended"):
+        text += f" (ended at {detail['ended']} of {detail['turns'] + detail['ended']} turns)"
     twin = entry.get("twin")
     return text if twin is None else f"{text} *{_cell(twin)}*"
 
@@ -77,8 +90,12 @@ def _differences(card: Card) -> list[str]:
                 lines.append(f"| {' | '.join(cells)} | {_plain(found['minimum_detectable_effect'])} | {found['n']} |")
     if not lines:
         return []
+    about = (
+        f"A rival has values for at least {COVERED:.0%} of the user's people. At the utterance level differences are over the "
+        "turns that both said (termination F1: all decisions), without openings where one of the two is given no profile."
+    )
     head = "| level | metric | user | best other | difference | ratio | detectable | n |"
-    return ["## Differences to the best of the other users", "", head, "|---" * 8 + "|", *lines, ""]
+    return ["## Differences to the best of the other users", "", about, "", head, "|---" * 8 + "|", *lines, ""]
 
 
 def _signed(found: Difference) -> str:

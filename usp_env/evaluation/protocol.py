@@ -205,7 +205,7 @@ def _seed(*parts: object) -> int:
 
 
 def weights(speaker: Partner) -> str | None:
-    """Digest of a speaker's weights; None for one without, or whose engine does not tell.
+    """Digest of a speaker's weights, `BASE+ADAPTER` where it has an adapter; None for one without, or whose engine does not tell.
 
     Of a packaged model the digest of what was released: what a machine makes of it at `fetch` (a LoRA merge) may differ in
     last bits.
@@ -213,13 +213,16 @@ def weights(speaker: Partner) -> str | None:
     if not isinstance(speaker, ModelSpeaker):
         return None
     try:
-        model = parse(speaker.backend.spec).model
+        spec = parse(speaker.backend.spec)
+        model, adapter = spec.model, spec.options.get("adapter")
     except UspError:  # two models, or a test's backend
-        model = ""
-    if (asset := ASSETS.get(model)) is not None:
-        return asset.sha256
-    told = speaker.backend.identity.get("weights")
-    return None if told is None else str(told)
+        model, adapter = "", None
+    identity = speaker.backend.identity
+    base = ASSETS[model].sha256 if model in ASSETS else identity.get("weights")
+    if adapter is None or base is None:
+        return None if base is None else str(base)
+    added = identity.get("adapters", {}).get(adapter)
+    return None if added is None else f"{base}+{added}"
 
 
 def departures(wanted: Protocol, plan: Plan, facts: Facts) -> list[str]:
@@ -243,6 +246,6 @@ def _changes(old: Any, new: Any) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, str) and len(value) == 64:  # a digest
-        return value[:12]
+    if isinstance(value, str) and all(len(part) == 64 for part in value.split("+")):  # digests
+        return "+".join(part[:12] for part in value.split("+"))
     return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -19,7 +19,7 @@ from typing import Any
 
 from usp_env.errors import SpecError
 from usp_env.evaluation import assemble, ceilings, conversation, spoken, utterance
-from usp_env.evaluation.card import CARD, COST, MARKDOWN, NEIGHBOUR, REAL, Card, Level, write_card, write_whole
+from usp_env.evaluation.card import CARD, COST, MARKDOWN, NEIGHBOUR, REAL, Card, Level, write_card
 from usp_env.evaluation.columns import Measurement
 from usp_env.evaluation.conversation import Talk
 from usp_env.evaluation.making import make_card
@@ -28,6 +28,7 @@ from usp_env.evaluation.people import digest
 from usp_env.evaluation.plan import Candidate, Plan
 from usp_env.evaluation.scorers import Scorers
 from usp_env.evaluation.spoken import Spoken
+from usp_env.files import write_whole
 from usp_env.ledger import Ledger
 from usp_env.transcripts import FILE, RUN, RunDirectory, Transcript, check_free
 from usp_env.users.base import ModelSpeaker, Partner

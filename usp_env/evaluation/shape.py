@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from usp_env.dialogue import Dialogue
 from usp_env.errors import MissingExtraError, SpecError
 from usp_env.evaluation.columns import Column, FloatArray, Measured, Missing, Whole
 from usp_env.evaluation.people import Person
-from usp_env.evaluation.resampling import jackknife, people_interval
+from usp_env.evaluation.resampling import GROUPS, jackknife, people_interval
 from usp_env.evaluation.said import none_for_nan
 from usp_env.evaluation.scorers import Scorers
 from usp_env.metrics import authenticity, continuity, diversity, lexical
@@ -57,7 +58,10 @@ def turn_counts(
         [people[i] for i in rows], lambda drawn: diversity.wasserstein(simulated[rows[drawn]], real[rows[drawn]])
     )
     detail = {"simulated_mean": none_for_nan(simulated[rows].mean()), "real_mean": none_for_nan(real[rows].mean())}
-    note = f"people whose end is known; real counts capped at {turns}, as the simulated are"
+    note = (
+        f"people whose end is known; real counts capped at {turns}, as the simulated are; a distance is never below 0 and a "
+        "resampled one is biased upward: a lower bound above 0 is no evidence of a difference"
+    )
     return Whole(interval.value, interval.low, interval.high, interval.n, "Wasserstein-1", note, detail)
 
 
@@ -100,19 +104,31 @@ def population(
     }
 
 
-def _first_turns(firsts: Sequence[str], seeds: Sequence[int]) -> Column:
-    values = np.full(len(firsts), np.nan)
+def _first_turns(firsts: Sequence[str], seeds: Sequence[int]) -> Measured:
+    """The mean over pairs within a seed. A turn is in as many pairs as there are others, so rows are not independent.
+
+    The interval is that of the jackknife's pseudo-values n U - (n - 1) U_(-i). With U the mean over pairs and v_i that over the
+    pairs of row i, the mean without it is U_(-i) = (n U - 2 v_i) / (n - 2): no pair is looked at again.
+    """
+    values, pseudo = np.full(len(firsts), np.nan), np.full(len(firsts), np.nan)
     for seed in sorted(set(seeds)):
-        rows = [k for k, other in enumerate(seeds) if other == seed]
-        values[rows] = diversity.first_turn_diversity([firsts[k] for k in rows])
-    return Column(values, "unigrams")
+        rows = np.flatnonzero(np.array(seeds) == seed)
+        found = diversity.first_turn_diversity([firsts[k] for k in rows])
+        n = np.count_nonzero(~np.isnan(found))
+        if n > 2:
+            mean = np.nanmean(found)
+            values[rows], pseudo[rows] = found, n * mean - (n - 1) * (n * mean - 2 * found) / (n - 2)
+    if np.isnan(values).all():
+        return Missing("fewer than 3 first turns")
+    return Column(values, "unigrams", "pairs", (pseudo,), note="mean over pairs; interval by jackknife")
 
 
 def _density(vectors: FloatArray, scorer: str) -> dict[str, Measured]:
     if len(vectors) < 4:
         return {name: Missing(f"{len(vectors)} conversations are too few") for name in ("ldl", "uniformity")}
     note = "of the set; interval by jackknife, normal approximation"
-    k = min(50, len(vectors) - 2)  # the same when one is left out
+    n = len(vectors)
+    k = min(50, n - math.ceil(n / GROUPS) - 1)  # the same when a group is left out
     found: list[tuple[str, Callable[[FloatArray], float], dict[str, int]]] = [
         ("ldl", lambda x: diversity.ldl(x, k).value, {"k": k}),
         ("uniformity", diversity.uniformity, {}),

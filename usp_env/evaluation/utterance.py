@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from usp_env.dialogue import Dialogue, Message
 from usp_env.evaluation import said
-from usp_env.evaluation.columns import Column, Measured, Measurement, Missing
+from usp_env.evaluation.columns import Column, Mask, Measured, Measurement, Missing
 from usp_env.evaluation.scorers import Scorers
 from usp_env.evaluation.spoken import ENDED, SAID, Job, Spoken, context
 from usp_env.metrics import continuity
-from usp_env.metrics.authenticity import means_by_dialogue
 from usp_env.metrics.consistency import DialogueTurns
 
+OPENINGS = "openings are in the mean, but in no difference: without context and profile nothing tells it what to say"
 PERPLEXITY = Missing("training.perplexity measures it, of local models")
 
 
@@ -32,11 +33,11 @@ def measure(todo: Sequence[Job], spoken: Sequence[Spoken], given: bool, scorers:
         given: Whether the user was given the profile.
         scorers: The models.
     """
-    answers = {one.key: one for one in spoken}
+    # Every job has an answer and so a place: differences put the same turn of two users side by side.
+    answers = {job.key: Spoken(*job.key, "", False, "infra_failure") for job in todo} | {one.key: one for one in spoken}
     rows: dict[tuple[str, int], list[Job]] = {}
     for job in todo:
-        if job.key in answers:
-            rows.setdefault((job.person.id, job.seed), []).append(job)
+        rows.setdefault((job.person.id, job.seed), []).append(job)
     groups = list(rows.values())
     turns = [[job for job in group if job.turn < len(job.person.turns)] for group in groups]
     flat, lengths = [job for group in turns for job in group], [len(group) for group in turns]
@@ -44,13 +45,15 @@ def measure(todo: Sequence[Job], spoken: Sequence[Spoken], given: bool, scorers:
     own = [DialogueTurns(tuple(answers[job.key].text for job in group)) for group in turns]
     shown = [_shown(job, text) for job, text in zip(flat, texts, strict=True)]
     people = [group[0].person for group in groups]
+    ids = tuple(who.id for who in people)
+    likeness = said.likeness(texts, [job.person.turns[job.turn] for job in flat], lengths, ids, scorers)
+    counts = {"turns": sum(map(bool, texts)), "ended": sum(answers[job.key].outcome == ENDED for job in flat)}
+    note = "" if given else OPENINGS
     profiles = [job.person.profile for job in flat]
     metrics: dict[str, Measured] = {
-        **said.likeness(texts, [job.person.turns[job.turn] for job in flat], lengths, scorers),
+        **{name: replace(like, detail={**like.detail, **counts}, note=note) for name, like in likeness.items()},
         **said.manner(own, [who.profile for who in people], scorers),
-        "copy_rate_assistant": Column(
-            means_by_dialogue(continuity.copied_from_assistant(shown), lengths), "4-grams", note="mean over turns"
-        ),
+        "copy_rate_assistant": said.of_turns(continuity.copied_from_assistant(shown), lengths, "4-grams", note="mean over turns"),
         "sc_score": said.subjective(profiles, shown, lengths, scorers, given),
         "termination_f1": _termination(groups, answers),
         "perplexity": PERPLEXITY,
@@ -58,7 +61,14 @@ def measure(todo: Sequence[Job], spoken: Sequence[Spoken], given: bool, scorers:
     outcomes = Counter(answers[job.key].outcome for group in groups for job in group)
     invalid = {outcome: n for outcome, n in sorted(outcomes.items()) if outcome not in (SAID, ENDED)}
     facts: list[dict[str, Any]] = [{"seed": group[0].seed, "turns": n} for group, n in zip(groups, lengths, strict=True)]
-    return Measurement(tuple(who.id for who in people), metrics, invalid, facts)
+    return Measurement(ids, metrics, invalid, facts, _compared(turns, answers, given))
+
+
+def _compared(turns: Sequence[Sequence[Job]], answers: Mapping[tuple[str, int, int], Spoken], given: bool) -> Mask:
+    """The turns that a user said, but for those of which nothing told it what to say: no context and no profile."""
+    said_it = [[bool(answers[job.key].text) and bool(given or context(job.person, job.turn)) for job in own] for own in turns]
+    width = max(map(len, said_it), default=0)
+    return np.array([row + [False] * (width - len(row)) for row in said_it], bool).reshape(len(turns), width)
 
 
 def _shown(job: Job, text: str) -> Dialogue:

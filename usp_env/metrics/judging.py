@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from usp_env.dialogue import Dialogue
+from usp_env.dialogue import Dialogue, visible
 from usp_env.errors import SpecError
 from usp_env.metrics.consistency import FloatArray
-from usp_env.metrics.judges import Judge, Question, Verdict, chosen, cut, scored, transcript, values
+from usp_env.metrics.judges import Judge, Question, Verdict, chosen, scored, transcript, values
 
 RATE = """Above is a conversation, one JSON object a line. Rate the ASSISTANT over the whole conversation, from 1 to 10: does it \
 do what the user asks for, turn after turn; is what it says right, relevant and as deep as the user needs; does it keep to what \
@@ -58,7 +58,9 @@ def rate(judge: Judge, dialogues: Sequence[Dialogue]) -> list[Verdict]:
 
 
 class Comparison(NamedTuple):
-    """Two texts to be compared.
+    """Two texts to be compared; the judge is shown all of them, and gives no verdict where its context is too short.
+
+    A conversation is shortened utterance by utterance (`usp_env.metrics.judges.transcript`), never at its end: that counts too.
 
     Attributes:
         first: One text.
@@ -152,5 +154,7 @@ def panel(scores: npt.ArrayLike) -> FloatArray:
 
 def _duel_question(pair: Comparison, rubric: str) -> Question:
     shown = {"context": pair.context, "A": pair.first, "B": pair.second}
-    data = "\n".join(json.dumps({key: cut(text)}, ensure_ascii=False) for key, text in shown.items() if text or key != "context")
+    data = "\n".join(
+        json.dumps({key: visible(text)}, ensure_ascii=False) for key, text in shown.items() if text or key != "context"
+    )
     return chosen(f"{data}\n---\n{rubric}\n{COMPARE}", "winner", {"A": 1.0, "B": -1.0, "tie": 0.0})

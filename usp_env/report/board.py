@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from usp_env.errors import UspError
-from usp_env.evaluation.leaderboard import MOST_INVALID, Estimate, Leaderboard, Pair, Reference, Row, Score
+from usp_env.evaluation.leaderboard import MOST_INVALID, Estimate, Leaderboard, Pair, Reference, Row, Score, turned
 from usp_env.files import read_text
 from usp_env.report.facts import fixed, interval
 from usp_env.report.html import fill, place, read_run, run_facts
@@ -36,6 +36,7 @@ class Place(NamedTuple):
 
     row: Row
     average: Told
+    twin: Told | None
     cells: Sequence[Told]
     elo: Told
     invalid: str
@@ -74,12 +75,16 @@ def _board(read: Mapping[str, Any]) -> Leaderboard:
     def named(values: Mapping[str, Any]) -> dict[str, Estimate]:
         return {name: Estimate(**value) for name, value in values.items()}
 
+    def estimate(value: Mapping[str, Any] | None) -> Estimate | None:
+        return None if value is None else Estimate(**value)
+
     rows = [
         Row(
             **{
                 **row,
                 "average": Estimate(**row["average"]),
                 "elo": Estimate(**row["elo"]),
+                "twin": estimate(row.get("twin")),
                 "populations": named(row["populations"]),
                 "gaps": named(row["gaps"]),
                 "curves": {name: [Estimate(**point) for point in points] for name, points in row["curves"].items()},
@@ -88,13 +93,21 @@ def _board(read: Mapping[str, Any]) -> Leaderboard:
         for row in read["rows"]
     ]
     pairs = [
-        Pair(**{**pair, "average": Estimate(**pair["average"]), "populations": named(pair["populations"])})
+        Pair(
+            **{
+                **pair,
+                "average": Estimate(**pair["average"]),
+                "populations": named(pair["populations"]),
+                "twin": estimate(pair.get("twin")),
+            }
+        )
         for pair in read["pairs"]
     ]
     known = read.get("reference")
     reference = known and Reference(**{**known, "spearman": Estimate(**known["spearman"])})
     scores = {name: Score(**read[name]) for name in ("score", "curve_score")}
-    return Leaderboard(**{**read, "rows": rows, "pairs": pairs, "reference": reference, **scores})
+    twin = Score(**read["twin"]) if read.get("twin") else None
+    return Leaderboard(**{**read, "twin": twin, "rows": rows, "pairs": pairs, "reference": reference, **scores})
 
 
 def write_board_page(path: str | Path, out: str | Path | None = None) -> Path:
@@ -174,7 +187,8 @@ def _place(row: Row, board: Leaderboard) -> Place:
     lost = ", ".join(f"{outcome} {n}" for outcome, n in row.invalid.items())
     told = f"{sum(row.invalid.values())} of {row.episodes}" + (f": {lost}" if lost else "")
     cells = [tell(row.populations[name], name) for name in board.profiles]
-    return Place(row, tell(row.average), cells, tell(row.elo, digits=0), told)
+    twin = None if board.twin is None else tell(row.twin or Estimate(None, None, 0))
+    return Place(row, tell(row.average), twin, cells, tell(row.elo, digits=0), told)
 
 
 def _versus(board: Leaderboard, first: str, second: str) -> Versus | None:
@@ -184,6 +198,8 @@ def _versus(board: Leaderboard, first: str, second: str) -> Versus | None:
         return None
     wins, losses = (pair.wins, pair.losses) if pair.first == first else (pair.losses, pair.wins)
     parts = [tell(board.difference(first, second, name), name, "+") for name in board.profiles]
+    if pair.twin is not None:
+        parts.append(tell(pair.twin if pair.first == first else turned(pair.twin), "twin", "+"))
     return Versus(tell(board.difference(first, second), second, "+"), f"{wins}/{pair.ties}/{losses}", parts)
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from usp_env.errors import UspError
+from usp_env.evaluation.assemble import COVERED
 from usp_env.evaluation.card import CARD, COST, LEVELS, METRICS, NEIGHBOUR, REAL, Card, Difference, Entry, Metric, read_card
-from usp_env.evaluation.markdown import HEADLINE
+from usp_env.evaluation.leaderboard import MOST_INVALID
+from usp_env.evaluation.markdown import HEADLINE, marked
 from usp_env.evaluation.run import SCORES, USERS
 from usp_env.files import read_text
 from usp_env.report.card_plots import adv_chart, drift_charts, turn_chart
@@ -29,6 +31,8 @@ EXTRA = {
     "recall": "recall",
     "p_value": "p",
     "without_verdict": "without verdict",
+    "turns": "turns",
+    "ended": "ended instead",
 }
 """Details of metrics that are shown in their cells, by name."""
 
@@ -168,6 +172,9 @@ def render_card(
         card=card,
         users=users,
         specs={user: card["users"][user]["spec"] for user in users},
+        covered=f"{COVERED:.0%}".replace("%", " %"),
+        warned=[user for user in users if marked(card, user)],
+        most=f"{MOST_INVALID:.0%}".replace("%", " %"),
         given={user: card["users"][user]["profile"] for user in users},
         levels=[(level, list(table_users(card, level)), lines(card, level)) for level in LEVELS],
         charts=charts,
@@ -235,21 +242,31 @@ def _cell(user: str, entry: Entry | None, best: bool) -> Cell:
     told = "" if twin is None or twin["mean"] is None else f"{fixed(twin['mean'])} {interval(twin['ci95'])}".strip()
     detail = entry.get("detail", {})
     alarm = "collapsed" if detail.get("alarm") else ""
-    extra = ", ".join(f"{label} {detail[key]:.4g}" for key, label in EXTRA.items() if detail.get(key) is not None)
+    extra = ", ".join(
+        f"{label} {_plain(detail[key])}" for key, label in EXTRA.items() if isinstance(detail.get(key), int | float)
+    )
     if detail.get("at_mark") is not None:
         extra = f"{detail['mark']}th percentile {fixed(detail['at_mark'])} {interval(detail.get('at_mark_ci95'))}".strip()
     return Cell(user, fixed(entry["mean"]), interval(entry["ci95"]), entry["n"], told, best, real, alarm, extra)
 
 
+def _plain(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
 def best_user(card: Card, level: str, name: str) -> str | None:
-    """The simulated user with the best mean, if the paired difference to the best of the others excludes 0 in its favour."""
+    """The simulated user with the best mean, if the paired difference to the best of the others excludes 0 in its favour.
+
+    It has values for as many people as a rival must have: two lucky conversations are no best.
+    """
     metric = METRICS[name]
-    means = {
-        user: row[level][name]["mean"]  # type: ignore[literal-required]
+    found: dict[str, Entry] = {
+        user: row[level][name]  # type: ignore[literal-required]
         for user, row in card["users"].items()
         if row["differences"].get(level, {}).get(name)
     }
-    known = {user: mean for user, mean in means.items() if mean is not None}
+    most = max((entry["n"] for entry in found.values()), default=0)
+    known = {user: entry["mean"] for user, entry in found.items() if entry["mean"] is not None and entry["n"] >= COVERED * most}
     if not known or metric.higher_is_better is None:
         return None
     first = (max if metric.higher_is_better else min)(known, key=known.__getitem__)

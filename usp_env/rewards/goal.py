@@ -12,6 +12,7 @@ raises counts as 0. Two guards: a sentence copied from the user turns before it 
 p comes from a named scorer. `answer-v1` is trained to tell answers from echoes, keyword heaps, stock phrases and other topics
 (`training/verifiers.py`, card `docs/models/answer_verifier.md`). `minilm-v0` is similarity with a calibrated zero
 (`training/goal_scorer.py`, card `usp_env/models/GOAL_SCORER.md`): it takes an echo in other words for an answer.
+`answer-v1-twin`, trained on other conversations, is for evaluation only: no model is trained by it, so claims are judged by it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from usp_env.rewards.base import When
 MAX_SENTENCES = 8
 NGRAM = 4
 MAX_OVERLAP = 0.5
-SCORERS = ("minilm-v0", "answer-v1")
+SCORERS = ("minilm-v0", "answer-v1", "answer-v1-twin")
 DEFAULT = "answer-v1"
 
 FloatArray = npt.NDArray[np.float64]
@@ -163,7 +164,7 @@ def load_scorer(name: str) -> Scorer:
     """
     if name not in SCORERS:
         raise UnknownNameError("goal scorer", name, SCORERS)
-    if name == "answer-v1":
+    if name.startswith("answer-v1"):
         from usp_env.models import scorers
 
         answers: Scorer = scorers.load(name)
@@ -210,6 +211,12 @@ class GoalProgress:
         starts = _raised_at(scorer, details, dialogues)
         best = _answered(scorer, details, dialogues, starts)
         return [RewardTerms(dialogue={self.name: float(np.mean(c))}) if len(c) else None for c in best]
+
+    @property
+    def twin(self) -> GoalProgress | None:
+        """The same reward by the held-out scorer; None where there is none."""
+        name = f"{self._live().name}-twin"
+        return GoalProgress(name, self.name, self.when) if name in SCORERS else None
 
     def _live(self) -> Scorer:
         # A scorer given by name stays a name here: environments copy and pickle their settings.

@@ -14,19 +14,21 @@ import numpy as np
 import pytest
 from doubles import Speaker
 
-from usp_env import commands_benchmark
+from usp_env import assistants, commands_benchmark
 from usp_env.backends.scripted import ScriptedBackend
 from usp_env.dialogue import Dialogue, View
 from usp_env.errors import BackendError, RunDirectoryError, SpecError, UnknownNameError, UspError
 from usp_env.evaluation import benchmark_play
 from usp_env.evaluation.benchmark import benchmark, episode_score
-from usp_env.evaluation.benchmark_judging import Jury
+from usp_env.evaluation.benchmark_judging import Jury, judge_duels
 from usp_env.evaluation.leaderboard import Leaderboard
-from usp_env.evaluation.protocol import PINNED, PINNED_PLAN, USP_BENCH_1, Facts, Protocol, departures, draw
+from usp_env.evaluation.protocol import PINNED, PINNED_PLAN, USP_BENCH_1, Facts, Protocol, departures, draw, weights
 from usp_env.metrics.calibration import ANCHORS, JudgeRefusedError, speaker_cases
 from usp_env.metrics.judges import Judge
+from usp_env.models.assets import ASSETS
 from usp_env.profiles import Profile, ProfileBank
 from usp_env.records import Reply
+from usp_env.report.board import read_board
 from usp_env.sampling import load_sampler
 from usp_env.sampling.base import Draw
 from usp_env.transcripts import read_transcripts
@@ -263,6 +265,53 @@ def test_an_engine_whose_rounding_depends_on_the_batch_resumes_to_the_same_words
         assert words(f"cut{after}") == words("whole")  # each episode once
 
 
+@pytest.mark.parametrize("killed_in", ["the openings", "the second assistant", "clearing"])
+def test_what_overwrite_began_and_a_kill_stopped_resumes_without_anything_of_the_old_run(
+    killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, asked = tmp_path / "b", list[str]()
+    options: dict[str, Any] = {"judge": Judge(ScriptedBackend(Reader(asked), spec="reader")), "calibration": Jury(CASES)}
+    options["pairwise"] = True
+    pair = {"good": GOOD, "bad": BAD}
+    old = play(out, {**pair, "gone": MID}, old_person, **options)
+    mine = {out / "notes.txt": "mine", out / "runs" / "grpo" / "a" / "run.json": '{"config": {"command": "train"}}'}
+    mine[out / "runs" / "good" / "plot.svg"] = "<svg/>"
+    for file, text in mine.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, "utf-8")
+
+    def dead(view: View, seed: int) -> str:
+        raise KeyboardInterrupt
+
+    unlink = Path.unlink
+    if killed_in == "clearing":
+        monkeypatch.setattr(Path, "unlink", lambda self, **o: dead(None, 0) if self.name == "run.json" else unlink(self, **o))
+    late = killed_in == "the second assistant"
+    cast, user = ({"good": GOOD, "bad": Speaker(dead, "assistant")}, new_person) if late else (pair, dead)
+    with pytest.raises(KeyboardInterrupt):
+        play(out, cast, user, overwrite=True, **options)
+    monkeypatch.undo()
+    if killed_in == "clearing":  # what is left is a part of the old run
+        assert play(out, {**pair, "gone": MID}, old_person, resume=True, **options) == old
+    asked.clear()
+    board = play(out, pair, new_person, **{"overwrite" if killed_in == "clearing" else "resume": True}, **options)
+    told = [t for name in pair for p in PROTOCOL.populations for t in read_transcripts(out / "runs" / name / p)]
+    assert {m["content"][:3] for t in told for m in t.messages if m["role"] == "user"} == {"NEW"}
+    assert sum("Rate the ASSISTANT" in task and "NEW" in task for task in asked) == 32  # no verdict of the old run's
+    assert sum('{"A":' in task and "NEW" in task for task in asked) == 32
+    assert board == play(tmp_path / "whole", pair, new_person, **options)
+    assert {file: file.read_text("utf-8") for file in mine} == mine
+    assert not (out / "runs" / "gone").exists()
+
+
+def old_person(view: View, seed: int) -> str:
+    return f"OLD {seed}"
+
+
+def new_person(view: View, seed: int) -> str:
+    return f"NEW {seed}"
+
+
 def test_directories_are_guarded(tmp_path: Path) -> None:
     play(tmp_path / "b", {"good": GOOD})
     with pytest.raises(RunDirectoryError, match="not empty"):
@@ -478,6 +527,94 @@ def test_scores_of_transcripts(tmp_path: Path) -> None:
     assert scored.curve == pytest.approx((10.0, 10.0, 35.0))
     assert scored.value == pytest.approx(35.0)
     assert math.isnan(episode_score("mid", replace(transcript, valid=False, outcome="user_failure")).value)
+
+
+def test_duels_are_about_whole_conversations_cut_by_utterance(tmp_path: Path) -> None:
+    asked: list[str] = []
+    play(tmp_path / "b", {"good": GOOD}, protocol=replace(PROTOCOL, n=1, seeds=(0,)))
+    short = read_transcripts(tmp_path / "b" / "runs" / "good" / "first")
+    long = [{**message, "content": "no " * 3000} for message in short[0].messages]  # 9,000 characters an utterance
+    played = {
+        "wordy": [replace(short[0], messages=long)],
+        "late": [replace(short[0], messages=[*long[:-1], {**long[-1], "content": "help"}])],
+    }
+    found = judge_duels(Judge(ScriptedBackend(Reader(asked), spec="reader")), played, tmp_path / "duels.jsonl")
+    assert list(found.values()) == [0.0]  # they differ at the end alone
+    rows = {key: text for line in asked[0].split("\n---\n")[0].split("\n") for key, text in json.loads(line).items()}
+    assert rows["context"] == "no " * 2000 + "…"
+    assert [len(json.loads(line)["text"]) for line in rows["B"].split("\n")] == [6001] * (len(long) - 1) + [4]
+
+
+@pytest.mark.parametrize("torn", ['{"judge": "rea', "[]", ""])
+def test_a_damaged_judge_file_is_made_again(torn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    options = {"judge": Judge(ScriptedBackend(Reader(asked), spec="reader")), "calibration": Jury(CASES)}
+    board = play(tmp_path / "b", {"good": GOOD}, **options)
+    (tmp_path / "b" / "judge.json").write_text(torn, "utf-8")
+    asked.clear()
+    assert play(tmp_path / "b", {"good": GOOD}, resume=True, **options) == board
+    assert len(asked) == len(CASES) + len(ANCHORS)
+    whole = (tmp_path / "b" / "judge.json").read_text("utf-8")
+    assert json.loads(whole)["judge"] == "reader"
+
+    def crash(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "b" / "judge.json").unlink()
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        play(tmp_path / "b", {"good": GOOD}, resume=True, **options)
+    assert not (tmp_path / "b" / "judge.json").exists()  # whole or not at all
+
+
+def test_an_adapter_has_a_digest_of_its_own() -> None:
+    class Loaded(ScriptedBackend):
+        identity = {"weights": "b" * 64, "adapters": {"runs/grpo": "a" * 64}}  # noqa: RUF012
+
+    def digest(spec: str, backend: type[ScriptedBackend] = Loaded) -> str | None:
+        return weights(assistants.load(spec, lambda parsed: backend([], spec=str(parsed))))
+
+    base = ASSETS["smollm2-135m"].sha256
+    assert digest("smollm2-135m") == base
+    assert digest("smollm2-135m?adapter=runs/grpo") == f"{base}+{'a' * 64}"
+    assert digest("org/model") == "b" * 64
+    assert digest("org/model?adapter=runs/grpo") == f"{'b' * 64}+{'a' * 64}"
+    assert digest("smollm2-135m?adapter=runs/grpo", ScriptedBackend) is None  # nobody tells
+    plan = draw(load_sampler("sharegpt", "test"), USP_BENCH_1)
+    tuned = departures(USP_BENCH_1, plan, replace(PINNED, user_weights=f"{base}+{'a' * 64}"))
+    assert tuned == [f"user_weights: 3b3f913075a5 → {base[:12]}+aaaaaaaaaaaa"]
+
+
+class Helpful:
+    """A goal scorer: sentences that help answer everything, for the twin by half; the twin also takes what says no."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, sentences: Sequence[str], requests: Sequence[str]) -> Any:
+        twin = self.name.endswith("twin")
+        return np.array([(0.5 if twin else 1.0) if "help" in s else 0.25 * twin for s in sentences])
+
+    def raised(self, utterances: Sequence[str], requests: Sequence[str]) -> Any:
+        return np.ones(len(utterances), bool)
+
+
+def test_the_held_out_twin_stands_beside_the_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("usp_env.rewards.goal.load_scorer", lambda name: Helpful(name))
+    gone = Speaker(lambda view, seed: Reply("", error=BackendError("gone")), "assistant")
+    board = play(tmp_path / "b", {"bad": BAD, "good": GOOD, "gone": gone}, reward="goal")
+    good, bad, lost = (board.row(name) for name in ("good", "bad", "gone"))
+    assert (good.average.mean, bad.average.mean) == (100, 0)
+    assert (good.twin.mean, good.twin.ci95, good.twin.n) == (50, (50, 50), 8)
+    assert bad.twin.mean == 25
+    assert (lost.twin.mean, bool(lost.twin.reason)) == (None, True)
+    pair = next(pair for pair in board.pairs if {pair.first, pair.second} == {"good", "bad"})
+    assert (pair.first, pair.average.mean, pair.twin.mean) == ("good", 100, 25)
+    assert (board.twin.name, board.twin.scorer, board.twin.unit) == ("goal", "answer-v1-twin", "%")
+    assert "goal, twin (%)" in board.markdown()
+    assert "| 50.0 [50.0, 50.0] |" in board.markdown()
+    assert read_board(tmp_path / "b").to_json() == board.to_json()
+    assert play(tmp_path / "c", {"good": GOOD}).twin is None  # a reward of one's own has none
 
 
 def test_folders_of_specs_do_not_meet() -> None:

@@ -71,6 +71,18 @@ def test_a_card_with_its_run_beside_it(bank: Path, tmp_path: Path) -> None:
         run(*options)
 
 
+def test_what_stands_beside_the_card_is_not_overwritten_unasked(bank: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "RESULTS.md"
+    notes.write_text("typed for a week", "utf-8")
+    options = ("--user", "scripted", "--bank", str(bank), "--levels", "utterance", "-n", "2", "--quiet")
+    with pytest.raises(SpecError, match="RESULTS.md: the file exists"):
+        run(*options, "--out", str(tmp_path / "RESULTS.json"))
+    assert notes.read_text("utf-8") == "typed for a week"
+    assert not (tmp_path / "RESULTS").exists()
+    assert run(*options, "--out", str(tmp_path / "RESULTS.json"), "--overwrite") == 0
+    assert "# Quality card" in notes.read_text("utf-8")
+
+
 def test_a_fair_sample_is_a_part_of_every_larger_one(bank: Path) -> None:
     people = load(str(bank), "test")
     assert [who.id for who in people] == [who.id for who in load(str(bank), "test")]

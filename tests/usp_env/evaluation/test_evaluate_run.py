@@ -22,8 +22,9 @@ from evaluation_doubles import (
 from usp_env.backends.cache import CacheBackend
 from usp_env.backends.scripted import ScriptedBackend
 from usp_env.errors import BackendError, RunDirectoryError, SpecError
-from usp_env.evaluation import resampling, spoken
+from usp_env.evaluation import resampling, spoken, utterance
 from usp_env.evaluation.card import METRICS, NEIGHBOUR, REAL, read_card
+from usp_env.evaluation.columns import Column
 from usp_env.evaluation.people import person
 from usp_env.evaluation.plan import Candidate
 from usp_env.evaluation.run import JUDGE, SCORES, USERS, evaluate
@@ -176,6 +177,52 @@ def test_where_to_end(tmp_path: Path) -> None:
     assert card["users"]["always"]["utterance"]["sem_sim"]["n"] == 4  # the openings
 
 
+def test_ending_where_it_is_hard_wins_nothing(tmp_path: Path) -> None:
+    people = make_people()
+    own = real_turns(people)
+    brave = candidate("brave", lambda view, seed: "what else" if view.messages else own(view, seed))
+    quits = candidate("quits", lambda view, seed: Reply("", ended=True) if view.messages else own(view, seed))
+    card = run(tmp_path, brave, quits, people=people, levels=("utterance",))
+    assert (mean(card, "brave", "utterance", "sem_sim"), mean(card, "quits", "utterance", "sem_sim")) == (50, 100)
+    for metric in ("sem_sim", "ava", "human_likeness", "r_dp_p", "p_cover", "copy_rate"):
+        gap = card["users"]["quits"]["differences"]["utterance"][metric]
+        assert (gap["difference"], gap["n"]) == (0, 4), metric  # the openings, which both said
+    for user, turns, ended in (("brave", 8, 0), ("quits", 4, 4)):
+        detail = card["users"][user]["utterance"]["sem_sim"]["detail"]
+        assert (detail["turns"], detail["ended"]) == (turns, ended)
+    assert "100.00 [100.00, 100.00] (ended at 4 of 8 turns)" in (tmp_path / "card.md").read_text("utf-8")
+
+
+def test_openings_do_not_count_against_who_is_given_nothing(tmp_path: Path) -> None:
+    people = make_people()
+    own = real_turns(people)
+    second = {who.dialogue[0].content: who.turns[1] for who in people}
+    free = candidate("free", lambda view, seed: second[view.messages[0].content] if view.messages else "hello", given=False)
+    half = candidate("half", lambda view, seed: own(view, seed) if view.messages else "hello")
+    card = run(tmp_path, free, half, candidate("replay", own), people=people, levels=("utterance",))
+    assert mean(card, "free", "utterance", "sem_sim") == mean(card, "half", "utterance", "sem_sim") == 50
+    for user, difference in (("free", 0), ("half", -50)):
+        gap = card["users"][user]["differences"]["utterance"]["sem_sim"]
+        assert (gap["against"], gap["difference"], gap["n"]) == ("replay", difference, 4)
+    assert card["users"]["free"]["utterance"]["sem_sim"]["note"] == utterance.OPENINGS
+    assert "note" not in card["users"]["half"]["utterance"]["sem_sim"]
+
+
+def test_metrics_over_all_turns_are_the_cards() -> None:
+    people = make_people()
+    todo = spoken.jobs(people, [0, 1])
+    answers = [spoken.Spoken(*job.key, f"{job.person.id} likes leeks so very much {job.turn}", False, "said") for job in todo]
+    found = utterance.measure(todo, answers[1:], True, make_scorers())
+    assert found.invalid == {"infra_failure": 1}
+    assert found.compared is not None
+    assert found.compared.tolist() == [[False, True]] + [[True, True]] * 7
+    columns = {name: column for name, column in found.metrics.items() if isinstance(column, Column)}
+    assert columns.keys() - {name for name, column in columns.items() if column.among} == {"termination_f1"}
+    for name, column in columns.items():
+        if column.among:
+            np.testing.assert_allclose(column.among(found.compared), column.values, err_msg=name)
+
+
 def test_the_first_turn_that_was_given_is_not_the_users(tmp_path: Path) -> None:
     people = make_people()
     seen = []
@@ -271,6 +318,9 @@ def test_failures_of_some_leave_the_others_measured(tmp_path: Path) -> None:
         assert card["users"]["half"][level]["sem_sim"]["n"] == 3
         assert mean(card, "half", level, "sem_sim") == 100
         assert card["users"]["half"]["differences"][level]["sem_sim"]["n"] == 3
+    text = (tmp_path / "card.md").read_text("utf-8")
+    assert "`half` ⚠ | `replay` |" in text  # 1 of 4 conversations
+    assert "⚠ more than 2% of the conversations are invalid." in text
 
 
 def test_what_the_assistant_spoils_is_not_the_users(tmp_path: Path) -> None:

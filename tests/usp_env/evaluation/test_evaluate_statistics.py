@@ -6,14 +6,16 @@ import math
 
 import numpy as np
 import pytest
+from evaluation_doubles import make_scorers
 
 from usp_env.dialogue import Dialogue
-from usp_env.evaluation import resampling, shape
+from usp_env.evaluation import resampling, said, shape
 from usp_env.evaluation.assemble import differences, entries, scores
 from usp_env.evaluation.card import not_measured
 from usp_env.evaluation.columns import Column, Measurement, Missing, Whole
 from usp_env.evaluation.people import nearest, person
 from usp_env.evaluation.resampling import jackknife, people_interval
+from usp_env.metrics.diversity import first_turn_diversity
 from usp_env.metrics.statistics import minimum_detectable_effect
 from usp_env.profiles import Profile, ProfileBank
 
@@ -113,6 +115,79 @@ def test_differences_of_f1_resample_both_together() -> None:
     assert gap["minimum_detectable_effect"] is None
 
 
+def test_a_row_that_one_side_lacks_weighs_nobody_otherwise() -> None:
+    people = ("ann", "bob", "cy") * 2
+    whole = np.array([1, 0.2, 0.2, 1, 0.2, 0.2])
+    lacking = np.where(np.arange(6) == 3, NAN, whole)  # ann's second dialogue came to nothing
+    users = {
+        name: Measurement(people, {"r_dpc": column(*values, of="harmonic", parts=(values, values))})
+        for name, values in (("whole", whole), ("lacking", lacking))
+    }
+    for gap in differences(users, {name: entries(own) for name, own in users.items()}).values():
+        assert (gap["r_dpc"]["difference"], gap["r_dpc"]["ci95"], gap["r_dpc"]["n"]) == (0, [0, 0], 3)
+
+
+def test_two_lucky_conversations_are_no_rival() -> None:
+    people = tuple(f"p{k}" for k in range(20))
+
+    def user(mean: float, n: int) -> Measurement:
+        return Measurement(people, {"sem_sim": column(*(mean if k < n else NAN for k in range(20)))})
+
+    users = {"best": user(0.5, 20), "most": user(0.4, 18), "lucky": user(0.9, 16)}
+    found = differences(users, {name: entries(own) for name, own in users.items()})
+    assert {name: own["sem_sim"]["against"] for name, own in found.items()} == {"best": "most", "most": "best", "lucky": "best"}
+    pair = {name: users[name] for name in ("best", "lucky")}
+    assert "sem_sim" not in differences(pair, {name: entries(own) for name, own in pair.items()})["best"]
+
+
+def test_the_spread_of_first_turns_is_that_of_pairs() -> None:
+    people = [f"p{k}" for k in range(12)]
+    texts = {"a": ["hi there"] * 5 + [f"word{k} and more" for k in range(7)], "b": [f"hi {k % 4} more" for k in range(12)]}
+
+    def left_out(own: list[str]) -> np.ndarray:
+        return np.array([first_turn_diversity(own[:k] + own[k + 1 :]).mean() for k in range(len(own))])
+
+    def error(left: np.ndarray) -> float:
+        return math.sqrt((len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum())
+
+    users = {
+        name: Measurement(tuple(people), {"first_turn_diversity": shape._first_turns(own, [0] * 12)})
+        for name, own in texts.items()
+    }
+    cards = {name: entries(own) for name, own in users.items()}
+    for name, own in texts.items():
+        entry = cards[name]["first_turn_diversity"]
+        assert entry["mean"] == pytest.approx(100 * first_turn_diversity(own).mean(), abs=1e-4)
+        assert (entry["ci95"][1] - entry["ci95"][0]) / 3.92 == pytest.approx(100 * error(left_out(own)), rel=0.15)
+    gap = differences(users, cards)["a"]["first_turn_diversity"]
+    detectable = (1.959964 + 0.841621) * error(left_out(texts["a"]) - left_out(texts["b"]))  # the same person on both sides
+    assert gap["minimum_detectable_effect"] == pytest.approx(100 * detectable, rel=1e-4)
+    assert gap["difference"] == pytest.approx(
+        cards["a"]["first_turn_diversity"]["mean"] - cards["b"]["first_turn_diversity"]["mean"]
+    )
+    assert isinstance(shape._first_turns(["hi", "ho"], [0, 0]), Missing)
+
+
+def test_the_sensitivity_of_ava_is_over_people() -> None:
+    pairs = [("hi", "hi"), ("hi", "HI"), ("hi", "HI"), ("hi", "HI"), ("hi", "hi"), ("hi", "hi")]
+    generated, real = zip(*pairs, strict=True)
+    people = ["ann", "bob", "bob"]
+    ava = said.likeness(generated, real, [4, 1, 1], people, make_scorers())["ava"]
+    expected = entries(Measurement(tuple(people), {"ava": ava}))["ava"]["mean"]
+    assert expected == 62.5  # (1/4 + 1) / 2; over turns it is 50
+    assert ava.detail["sensitivity"][said.SENSITIVITY.index(0.0)] == expected
+    assert said.likeness([], [], [], [], make_scorers())["ava"].detail["sensitivity"] == [None] * 7
+
+
+@pytest.mark.parametrize(("n", "k"), [(10, 8), (50, 48), (51, 48), (52, 49), (53, 50), (152, 50)])
+def test_neighbours_are_as_many_with_a_group_left_out(n: int, k: int) -> None:
+    points = np.random.default_rng(0).normal(size=(n, 3))
+    found = shape._density(points, "e")["ldl"]
+    assert isinstance(found, Whole)
+    assert found.detail == {"k": k}
+    assert k < n - math.ceil(n / resampling.GROUPS)
+
+
 def test_rows_hold_what_each_person_got() -> None:
     rows = scores(
         "u", "conversation", measured(sem_sim=column(0.5, NAN, 0.25, 1, twin=column(0, 0, 0, 1)), perplexity=Missing("x"))
@@ -152,6 +227,7 @@ def test_turn_counts_are_compared_where_the_end_is_known() -> None:
     assert isinstance(found, Whole)
     assert (found.value, found.n) == (1.0, 2)  # (3, 5) against (1, 5)
     assert found.detail == {"simulated_mean": 4.0, "real_mean": 3.0}
+    assert "biased upward" in found.note
     assert isinstance(shape.turn_counts(simulated, real, known & False, ["a", "b", "c", "d"], 10), Missing)
 
 

@@ -147,7 +147,7 @@ def test_the_ladder_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     register_reward("right", right)
     monkeypatch.setattr("usp_env.evaluation.benchmark.load_sampler", lambda bank, split: UniformSampler(BANK))
     monkeypatch.setattr("usp_env.evaluation.benchmark.make_reward", _always_right())
-    parser = argparse.ArgumentParser()
+    parser, run = argparse.ArgumentParser(), commands_benchmark._run
     commands_benchmark.add_options(parser)
     out = tmp_path / "ladder"
     line = ["--ladder", "--user", "agenda", "scripted", "--populations", "uniform", "--turns", "3", "--assistants", "echo"]
@@ -159,9 +159,23 @@ def test_the_ladder_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert "agenda: ladder-good" in capsys.readouterr().out
     again = parser.parse_args([*line, "--out", str(out), "--resume"])
     assert commands_benchmark.benchmark(again) == 0
+    overwrite = parser.parse_args([*line, "--out", str(out), "--overwrite"])
+    monkeypatch.setattr("usp_env.commands_benchmark._run", _killed)
+    with pytest.raises(KeyboardInterrupt):
+        commands_benchmark.benchmark(overwrite)
+    monkeypatch.setattr("usp_env.commands_benchmark._run", run)
+    assert not (out / "ladder.json").exists()
+    assert not (out / "scripted" / "run.json").exists()  # --resume must not take the old one for this ladder's
+    with pytest.raises(UnknownNameError, match="agneda"):
+        commands_benchmark.benchmark(parser.parse_args(["--ladder", "--user", "agenda", "agneda", "--out", str(tmp_path / "no")]))
+    assert not (tmp_path / "no").exists()
     single = ["--user", "agenda", "--populations", "uniform", "--assistants", "echo", "known-bad", "--out", str(tmp_path / "b")]
     assert commands_benchmark.benchmark(parser.parse_args(single)) == 0
     assert "usp-bench-1+modified" in capsys.readouterr().out
+
+
+def _killed(*arguments: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _always_right() -> Any:

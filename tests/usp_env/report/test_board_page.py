@@ -126,12 +126,27 @@ def test_curves_and_gaps_share_their_scales() -> None:
     assert rows[1][2].why == "no valid episode"
 
 
+def test_the_twin_has_a_column_where_there_is_one() -> None:
+    board = make_board()
+    assert "twin" not in Page(page.render_board(board)).text
+    rows = [replace(board.rows[0], twin=at(12.5, (10.0, 15.0))), replace(board.rows[1], twin=NONE)]
+    pairs = [replace(board.pairs[0], twin=at(7.5, (5.0, 9.0)))]
+    both = replace(board, twin=Score("goal", "answer-v1-twin", "%"), rows=rows, pairs=pairs)
+    told = " ".join(Page(page.render_board(both)).text.split())
+    assert "goal, twin12.5[10.0, 15.0] n 5" in told
+    assert "by answer-v1-twin (%)" in told
+    turned = page._versus(both, "bad", "good")
+    assert turned is not None
+    assert [(part.label, part.mean, part.ci) for part in turned.parts][-1] == ("twin", "−7.5", "[−9.0, −5.0]")
+
+
 def test_costs_are_added_up() -> None:
     assert page.costs(COST) == [("good", "user", "7", "1,100", "0", "3.0", "0.2500")]
 
 
 def test_the_file_comes_back_as_it_was(tmp_path: Path) -> None:
-    board = make_board()
+    board = replace(make_board(), twin=Score("goal", "answer-v1-twin", "%"))
+    board = replace(board, rows=[replace(row, twin=at(1.0)) for row in board.rows])
     (tmp_path / "leaderboard.json").write_text(board.to_json(), "utf-8")
     assert page.read_board(tmp_path).to_json() == board.to_json()
     path = page.write_board_page(tmp_path)

@@ -126,6 +126,27 @@ def test_the_best_is_marked_only_where_the_interval_excludes_0() -> None:
     assert not any(cell.best for cell in line(card, "Sem-Sim").cells)
 
 
+def test_few_people_are_no_best() -> None:
+    card = make_card()
+    card["users"]["a"]["conversation"]["sem_sim"]["n"] = 8  # of 9: less than 90 %
+    assert not any(cell.best for cell in line(card, "Sem-Sim").cells)
+
+
+def test_users_with_many_invalid_conversations_are_marked() -> None:
+    card = make_card()
+    warning = "⚠ more than 2 % of the conversations are invalid: a. "
+    assert warning in " ".join(Page(page.render_card(card)).text.split())  # 2 of 9 people x 2 seeds
+    card["people"]["n"] = 50
+    assert "⚠" not in page.render_card(card)
+
+
+def test_where_a_user_ended_stands_in_its_cell() -> None:
+    card = make_card()
+    card["users"]["a"]["conversation"]["sem_sim"]["detail"] = {"turns": 12345, "ended": 0}
+    assert line(card, "Sem-Sim").cells[0].extra == "turns 12,345, ended instead 0"
+    assert line(card, "Drift from profile").cells[0].extra == ""  # its `turns` are a curve
+
+
 def test_cells_by_hand() -> None:
     first = line(make_card(), "Sem-Sim").cells[0]
     assert first == page.Cell("a", "60.00", "[59.00, 61.00]", 9, "30.00 [1.00, 2.00]", best=True)
