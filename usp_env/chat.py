@@ -154,6 +154,7 @@ class _Screen:
         self.console, self.last = console, ""
 
     def show(self, who: str, text: str) -> None:
+        """Print an utterance."""
         from usp_env.report.terminal import STYLES
         from usp_env.report.terminal import text as safe
 
@@ -172,6 +173,7 @@ class _Screen:
             self.show(episode.rules.agent_role, said.text)
 
     def end(self, episode: Episode) -> None:
+        """Print what the partner said last, how the conversation ended, whom one talked with, and the reward."""
         last = episode.messages[-1]
         if last.role != episode.rules.agent_role and last.content != self.last:
             self.show(last.role, last.content)

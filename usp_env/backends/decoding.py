@@ -353,6 +353,7 @@ class _BufferedLayer(DynamicLayer):  # type: ignore[misc]
         self.buffers: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, the new columns written behind the others."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if not self.buffers:

@@ -265,6 +265,7 @@ class _Session:
         background.add_closer(self.aclose)
 
     async def send(self, url: int, call: wire.Call) -> Generation:
+        """One call to one server, as it answers."""
         # Not `completions.create`, which checks the body against its types: half of a call's time, and `wire` has typed it.
         path = "/chat/completions" if call.chat else "/completions"
         try:
