@@ -2,6 +2,7 @@
 # make test    the whole offline suite, and the core lane without torch
 # make test-vllm  real vLLM on the CPU in a virtual environment of its own (about 4 GB; Linux on x86_64)
 # make bench   all benchmarks → docs/performance.md (half an hour on an idle machine)
+# make results simulated users and assistants measured on the test split → RESULTS.md (hours on 2 cores; goes on where it stopped)
 # make lint    ruff and mypy
 #
 # PYTHON=python3.12   another interpreter (3.11 or newer)
@@ -11,7 +12,7 @@ PYTHON ?= python3
 PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 EXTRAS := hf,openai,sampling,report,data,train,dev
 
-.PHONY: bench demo test test-vllm test-all lint fetch clean
+.PHONY: bench demo results test test-vllm lint fetch clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("usp-env needs Python 3.11 or newer: make PYTHON=python3.12 …") if sys.version_info < (3, 11) else None'
@@ -57,6 +58,9 @@ test-vllm: .venv-vllm/ready
 
 bench: fetch
 	.venv/bin/python -m benchmarks
+
+results: fetch
+	.venv/bin/python -m benchmarks.results
 
 lint: .venv/ready
 	.venv/bin/ruff check .

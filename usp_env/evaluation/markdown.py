@@ -59,12 +59,13 @@ def _level(card: Card, level: str) -> list[str]:
         metric = METRICS[name]
         arrow = {True: " ↑", False: " ↓", None: ""}[metric.higher_is_better]
         unit = f" ({metric.unit})" if metric.unit else ""
-        table.append(f"| {metric.label}{arrow}{unit} | {' | '.join(_cell(row.get(name)) for row in rows.values())} |")
+        table.append(f"| {metric.label}{arrow}{unit} | {' | '.join(cell(row.get(name)) for row in rows.values())} |")
     note = [f"⚠ more than {MOST_INVALID:.0%} of the conversations are invalid.", ""] if any(warned.values()) else []
     return [f"## {level.capitalize()} level", "", *table, "", *note]
 
 
-def _cell(entry: Entry | None) -> str:
+def cell(entry: Entry | None) -> str:
+    """A mean with its interval, and the same by the held-out scorer; a dash where nothing was measured."""
     if entry is None or entry["mean"] is None:
         return "–"
     text = f"{entry['mean']:.2f}"
@@ -76,7 +77,7 @@ def _cell(entry: Entry | None) -> str:
     if detail.get("ended"):
         text += f" (ended at {detail['ended']} of {detail['turns'] + detail['ended']} turns)"
     twin = entry.get("twin")
-    return text if twin is None else f"{text} *{_cell(twin)}*"
+    return text if twin is None else f"{text} *{cell(twin)}*"
 
 
 def _differences(card: Card) -> list[str]:
@@ -86,7 +87,7 @@ def _differences(card: Card) -> list[str]:
             for name, found in facts["differences"].get(level, {}).items():
                 if name not in HEADLINE:
                     continue
-                cells = (level, METRICS[name].label, f"`{user}`", f"`{found['against']}`", _signed(found), _plain(found["ratio"]))
+                cells = (level, METRICS[name].label, f"`{user}`", f"`{found['against']}`", signed(found), _plain(found["ratio"]))
                 lines.append(f"| {' | '.join(cells)} | {_plain(found['minimum_detectable_effect'])} | {found['n']} |")
     if not lines:
         return []
@@ -98,14 +99,15 @@ def _differences(card: Card) -> list[str]:
     return ["## Differences to the best of the other users", "", about, "", head, "|---" * 8 + "|", *lines, ""]
 
 
-def _signed(found: Difference) -> str:
+def signed(found: Difference) -> str:
+    """A difference with its interval, and the same by the held-out scorer."""
     if found["difference"] is None:
         return "–"
     text = f"{found['difference']:+.2f}"
     if found["ci95"]:
         text += " [{:+.2f}, {:+.2f}]".format(*found["ci95"])
     twin = found.get("twin")
-    return text if twin is None else f"{text} *{_signed(twin)}*"
+    return text if twin is None else f"{text} *{signed(twin)}*"
 
 
 def _plain(value: float | None) -> str:

@@ -1,0 +1,122 @@
+"""The page of results: made of the kept cards and of nothing else, the paper's figures beside ours."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import paper, results
+from usp_env.errors import UspError
+from usp_env.evaluation.leaderboard import Estimate, Leaderboard, Row, Score
+from usp_env.metrics.consistency import harmonic_mean
+
+ROOT = Path(__file__).parents[1]
+RUN = {
+    "command": ["usp-env", "evaluate", "--user", "roleplay:a b", "--out", "runs/x", "--resume"],
+    "commit": "0123456789abcdef",
+    "versions": {"usp-env": "0.1.0"},
+    "hardware": {"machine": "x86_64"},
+    "provenance": {"models": {"usp:mini": {"weights": "f" * 64}, "scripted": {}}},
+}
+
+
+def entry(mean: float | None, ci: list[float] | None = None, **more: Any) -> dict[str, Any]:
+    return {"mean": mean, "ci95": ci, "n": 5, "scorer": "s", **more}
+
+
+def user(level: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"spec": "x", "profile": True, "invalid": {}, "utterance": {}, "conversation": level, "differences": {}, **more}
+
+
+def write(folder: Path, name: str, content: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(RUN), "utf-8")
+    (folder / name).write_text(json.dumps(content), "utf-8")
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Path:
+    """A card of two users at one level."""
+    difference = {
+        "against": "plain",
+        "difference": 6.0,
+        "ci95": [1.0, 11.0],
+        "ratio": 1.2,
+        "n": 5,
+        "minimum_detectable_effect": 7.5,
+    }
+    mini = {"sem_sim": entry(36.0, [30.0, 42.0], twin=entry(35.0)), "esr": entry(20.0)}
+    card = {
+        "users": {
+            "mini": user(
+                mini, differences={"conversation": {"sem_sim": difference}}, invalid={"conversation": {"infra_failure": 1}}
+            ),
+            "plain": user({"sem_sim": entry(30.0), "esr": entry(None, reason="none")}),
+            "real": user({"sem_sim": entry(60.0)}),
+        },
+        "bank": "b",
+        "split": "test",
+        "people": {"n": 5, "of": 9},
+        "assistant": "echo",
+        "seeds": [0, 1],
+        "turns": 4,
+    }
+    write(tmp_path / "users", "card.json", card)
+    return tmp_path
+
+
+def test_users_stand_beside_the_papers(users: Path) -> None:
+    page = results.page(users)
+    assert "| `mini` ⚠ | 20.00 | 36.00 [30.00, 42.00] *35.00* | – |" in page
+    assert "| `plain` | – | 30.00 | – |" in page
+    assert (
+        "| *USP* | *10.00* | *65.39* | *46.23* | *38.77* | *56.24* | *74.38* | *64.05* | *44.08* | *3.35* | – | – | – |" in page
+    )
+    assert "| Sem-Sim | `plain` | +6.00 [+1.00, +11.00] | 7.50 | 1.20 | *1.34 (over DialogueGPT(4o))* |" in page
+    assert "Utterance level" not in page
+    assert "5 of 9 people of `b` (test)" in page
+    assert "seeds 0, 1" in page
+    assert "`usp-env evaluate --user 'roleplay:a b' --out runs/x`" in page  # what anybody can give again
+    assert "Commit 0123456; usp-env 0.1.0; x86_64.\nWeights: `usp:mini` ffffffffffff." in page
+
+
+def test_the_leaderboard_keeps_its_tables(tmp_path: Path) -> None:
+    at = Estimate(50.0, (40.0, 60.0), 4)
+    row = Row(1, "echo", "echo", at, {"majority": at}, {}, {"majority": [at]}, Estimate(1000.0, None, 4), 4, {}, False, {})
+    score = Score("goal", "answer-v1", "%")
+    settings = {"user": "usp-mini", "turns": 1, "bank": "b", "split": "test", "n": 4, "seeds": [0]}
+    board = Leaderboard("usp-bench-1", [], settings, {"majority": ["a"]}, {}, score, score, [row], [])
+    write(tmp_path / "assistants", "leaderboard.json", asdict(board))
+    page = results.page(tmp_path)
+    assert "## Assistants: `usp-bench-1`\n" in page
+    assert "\n# usp-bench-1" not in page
+    assert "| 1 | echo | 50.0 [40.0, 60.0] | 50.0 [40.0, 60.0] | 1000 | 0/4 |" in page
+    assert "\n### By turn\n" in page
+    assert "| *GPT-4o* | *7.86* | *6.65* | *7.19* | *7.23* |" in page
+
+
+def test_nothing_to_show_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UspError, match="python -m benchmarks.results"):
+        results.page(tmp_path)
+
+
+def test_the_papers_rows_agree_with_themselves() -> None:
+    """A slip in copying them would break a harmonic mean or an average."""
+    for values in paper.CONVERSATION.values():
+        row = dict(zip(paper.CONVERSATION_METRICS, values, strict=True))
+        if row["r_dpc"] is not None:
+            assert harmonic_mean([row["r_dp_p"]], [row["r_dp_r"]])[0] == pytest.approx(row["r_dpc"], abs=0.015)
+    for values in paper.UTTERANCE.values():
+        assert len(values) == len(paper.UTTERANCE_METRICS)
+    for *parts, average in paper.ASSISTANTS.values():
+        assert sum(parts) / 3 == pytest.approx(average, abs=0.006)
+    assert paper.margin("style_sim") == ("PlatoLM", 1.426)
+
+
+@pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="no run has been kept yet")
+def test_the_page_is_the_one_that_its_cards_give() -> None:
+    assert (ROOT / "RESULTS.md").read_text("utf-8") == results.page(ROOT / "results")
