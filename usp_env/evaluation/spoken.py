@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -124,13 +125,39 @@ def generate(
     """
     done = {spoken.key for spoken in read(file) if spoken.outcome != "infra_failure"}
     waiting = [job for job in todo if job.key not in done]
-    for start in range(0, len(waiting), lanes):
-        batch = waiting[start : start + lanes]
+    made = len(todo) - len(waiting)
+    for batch in rounds(waiting, lanes):
         append(file, _speak(user, given, batch, ledger))
+        made += len(batch)
         if ledger is not None:
             ledger.write()
         if watch is not None:
-            watch(len(todo) - len(waiting) + start + len(batch), len(todo))
+            watch(made, len(todo))
+
+
+def rounds(todo: Sequence[Job], lanes: int) -> Iterator[list[Job]]:
+    """Batches of at most `lanes` jobs, in which each person has one turn, after the one of the round before.
+
+    The next turn's context begins with this one's: an engine that keeps keys and values reads only what is new. Who has most to
+    say begins, so that the last rounds are not about one person.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> a, b, c = (SimpleNamespace(id=name) for name in "abc")
+        >>> todo = [Job(a, 0, 0), Job(b, 0, 0), Job(b, 1, 0), Job(c, 0, 0), Job(c, 1, 0), Job(c, 2, 0)]
+        >>> [[f"{job.person.id}{job.turn}" for job in batch] for batch in rounds(todo, 2)]
+        [['c0', 'b0'], ['c1', 'b1'], ['c2', 'a0']]
+    """
+    own: dict[tuple[str, int], deque[Job]] = {}
+    for job in todo:
+        own.setdefault((job.person.id, job.seed), deque()).append(job)
+    queues = deque(sorted(own.values(), key=len, reverse=True))
+    speaking: list[deque[Job]] = []
+    while queues or speaking:
+        while queues and len(speaking) < lanes:
+            speaking.append(queues.popleft())
+        yield [queue.popleft() for queue in speaking]
+        speaking = [queue for queue in speaking if queue]
 
 
 def _speak(user: Partner, given: bool, batch: Sequence[Job], ledger: Ledger | None) -> list[Spoken]:

@@ -381,7 +381,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     whole = killable(0)
     run(tmp_path / "whole", whole, **settings)
     total, expected = whole.speaker.asked, results(tmp_path / "whole")  # type: ignore[attr-defined]
-    # 22 utterance generations in batches of 3, then two seeds of conversations.
+    # 22 utterance generations in rounds of at most 3, then two seeds of conversations.
+    rounds = [len(batch) for batch in spoken.rounds(spoken.jobs(make_people(), (0, 1)), 3)]
+    assert sum(rounds) == 22
     for after in (1, 5, 8, 9, 11, 14):
         folder = tmp_path / f"killed-{after}"
         first, again = killable(after), killable(0)
@@ -390,11 +392,26 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         assert not (folder / "card.json").exists()
         kept = len(spoken.read(folder / USERS / first.slug / "utterances.jsonl"))
         lines = sum(len(file.read_bytes().splitlines()) for file in folder.glob("users/*/seed-*/transcripts.jsonl"))
-        assert kept == min(3 * (after - 1), 22)
+        assert kept == sum(rounds[: after - 1])
         run(folder, again, resume=True, **settings)
         assert results(folder) == expected, after
         asked = total - kept - lines * 3  # a conversation asks the user three times
         assert again.speaker.asked == asked, after  # type: ignore[attr-defined]
+
+
+def test_rounds_follow_each_persons_turns() -> None:
+    """A context that goes on from the one of the round before is what an engine reads fastest."""
+    todo = spoken.jobs(make_people(), (0, 1))
+    batches = list(spoken.rounds(todo, 3))
+    assert sorted(job.key for batch in batches for job in batch) == sorted(job.key for job in todo)
+    for batch in batches:
+        assert len({(job.person.id, job.seed) for job in batch}) == len(batch) <= 3
+    for (person, seed), last in {(job.person.id, job.seed): job.turn for job in todo}.items():
+        said_in = [k for k, batch in enumerate(batches) for job in batch if (job.person.id, job.seed) == (person, seed)]
+        turns = [job.turn for batch in batches for job in batch if (job.person.id, job.seed) == (person, seed)]
+        assert turns == sorted(turns)
+        assert turns[-1] == last
+        assert said_in == list(range(said_in[0], said_in[0] + len(said_in)))  # one in each round, from its first
 
 
 def test_a_line_that_was_cut_off_is_generated_again(tmp_path: Path) -> None:
