@@ -15,7 +15,16 @@ from pathlib import Path
 
 from benchmarks.page import machine, write
 
-NAMES = ("env_overhead", "rollout_throughput", "multi_turn", "hf_batching", "novelty", "side_by_side", "real_servers")
+NAMES = (
+    "env_overhead",
+    "rollout_throughput",
+    "multi_turn",
+    "hf_batching",
+    "novelty",
+    "evaluate_growth",
+    "side_by_side",
+    "real_servers",
+)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ PYTHON = "PATH-TO-PYTHON"
         ("multi_turn", "--model 'smollm2-135m?lanes=2'", "--model 'smollm2-135m?lanes=2'"),
         ("side_by_side", "--tau2-python elsewhere/tau2/bin/python", f"--tau2-python {PYTHON}"),
         ("real_servers", "--server transformers --lanes 8", "--server transformers --lanes 8"),
+        ("evaluate_growth", "--people 5 10", "--people 5 10"),
         ("rollout_throughput", "--skip-loop --turns=2", "--turns 2 --skip-loop"),
     ],
 )

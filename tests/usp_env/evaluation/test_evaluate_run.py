@@ -406,12 +406,13 @@ def test_rounds_follow_each_persons_turns() -> None:
     assert sorted(job.key for batch in batches for job in batch) == sorted(job.key for job in todo)
     for batch in batches:
         assert len({(job.person.id, job.seed) for job in batch}) == len(batch) <= 3
-    for (person, seed), last in {(job.person.id, job.seed): job.turn for job in todo}.items():
-        said_in = [k for k, batch in enumerate(batches) for job in batch if (job.person.id, job.seed) == (person, seed)]
-        turns = [job.turn for batch in batches for job in batch if (job.person.id, job.seed) == (person, seed)]
-        assert turns == sorted(turns)
-        assert turns[-1] == last
-        assert said_in == list(range(said_in[0], said_in[0] + len(said_in)))  # one in each round, from its first
+    last = {(job.person.id, job.seed): job.turn for job in todo}
+    for who, turn in last.items():
+        own = [(k, job.turn) for k, batch in enumerate(batches) for job in batch if (job.person.id, job.seed) == who]
+        rounds, turns = zip(*own, strict=True)
+        assert rounds == tuple(range(rounds[0], rounds[0] + len(own)))  # one in each, from its first
+        assert list(turns) == sorted(turns)
+        assert turns[-1] == turn
 
 
 def test_a_line_that_was_cut_off_is_generated_again(tmp_path: Path) -> None:
