@@ -57,9 +57,11 @@ test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest -q -m vllm -p no:unraisableexception tests/vllm
 
 bench: fetch
+	.venv/bin/usp-env fetch sharegpt
 	.venv/bin/python -m benchmarks
 
 results: fetch
+	.venv/bin/usp-env fetch sharegpt
 	.venv/bin/python -m benchmarks.results
 
 lint: .venv/ready

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         # The program itself, so that run.json holds a command that anybody can give.
         program = Path(sys.executable).with_name("usp-env")
         if subprocess.run([program, *words, "--out", folder, *resume], check=False).returncode:
-            raise SystemExit(f"usp-env {shlex.join(words)}: failed; what was done is in {folder}, and goes on from there")
+            raise SystemExit(f"usp-env {shlex.join(words)}: failed; see above (what is in {folder} is not done again)")
         keep(folder, args.results / name)
 
 
