@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from usp_env.backends.adapters import BASE, active, add_adapter, mixes, speaking_as
+from usp_env.backends.attention import sharing_keys
 from usp_env.backends.base import FinishReason, Generation, Request, failed
+from usp_env.backends.batching import batches, padding_worth_a_pass
 from usp_env.backends.decoding import Decoded, Job, decode, keeps_states
 from usp_env.backends.digests import hash_folder, hash_parameters, writes
 from usp_env.backends.prefixes import PrefixStore
@@ -84,6 +86,7 @@ class HFBackend:
         own_limit = int(getattr(model.config, "max_position_embeddings", None) or 1_000_000)
         self.max_model_len = min(max_model_len or own_limit, own_limit)
         self.micro_batch, self.max_batch_tokens = micro_batch, max_batch_tokens
+        self._padding = padding_worth_a_pass(model)
         self._vocabulary = max(tokenizer.get_vocab().values()) + 1
         self._folders = dict(adapters or {})
         # PEFT allows no dots or slashes in an adapter's name.
@@ -193,13 +196,13 @@ class HFBackend:
             jobs = [self._job(request) for request in requests]
         results = {i: unread for i, job in enumerate(jobs) if (unread := self._unread(job)) is not None}
         readable = [i for i in range(len(jobs)) if i not in results]
-        with self._lock, self._evaluating():
+        with self._lock, self._evaluating(), sharing_keys(self.model):
             self._check_weights()
             owners = [self._owner(request.adapter) for request in requests]
             for speaking, members in self._groups(requests, jobs, readable):
                 with speaking:
                     known = {i: self._known(owners[i], jobs[i]) for i in members}
-                    for batch in self._batches(jobs, known):
+                    for batch in self._batches(jobs, members):
                         results.update(self._run(jobs, batch, known, owners))
         if results and all(result.error for result in results.values()):
             raise BackendError(f"no request of {len(requests)} could be served: {results[0].error}") from results[0].error
@@ -286,19 +289,10 @@ class HFBackend:
                 self.prefixes.clear()
             self._read = count
 
-    def _batches(self, jobs: Sequence[Job], known: Mapping[int, Any]) -> Iterator[list[int]]:
-        """Members in batches of similar length, which pads least; the largest first, so that memory fails early."""
-        batch: list[int] = []
-        most = 0
-        for i in sorted(known, key=lambda i: -len(jobs[i].prompt)):
-            size = len(jobs[i].prompt) + jobs[i].sampling.max_tokens
-            if batch and (len(batch) >= self.micro_batch or max(most, size) * (len(batch) + 1) > self.max_batch_tokens):
-                yield batch
-                batch, most = [], 0
-            batch.append(i)
-            most = max(most, size)
-        if batch:
-            yield batch
+    def _batches(self, jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:
+        sizes = [len(jobs[i].prompt) + jobs[i].sampling.max_tokens for i in members]
+        for batch in batches(sizes, self.micro_batch, self.max_batch_tokens, self._padding):
+            yield [members[row] for row in batch]
 
     def _run(
         self, jobs: Sequence[Job], batch: list[int], known: Mapping[int, Any], owners: Sequence[str]

@@ -366,6 +366,21 @@ def test_out_of_memory_halves_the_batch(tokenizer, monkeypatch):
     assert sizes == [8, 8, 4, 2, 2, 4, 4, 2, 2]  # what is kept goes first, then the batch is halved
 
 
+def test_long_and_short_rows_are_decoded_apart(tokenizer, monkeypatch):
+    monkeypatch.setattr(hf, "padding_worth_a_pass", lambda model: 500)
+    backend, real, widths = HFBackend(tiny(), tokenizer, prefix_gib=0.0), hf.decode, []
+    requests = [Request(token_ids=[60 + n % 9] * n, sampling=Sampling(max_tokens=4), seed=n) for n in (20, 220, 24, 230, 22, 225)]
+
+    def seen(model, jobs, *rest):
+        widths.append([len(job.prompt) for job in jobs])
+        return real(model, jobs, *rest)
+
+    alone = [backend.generate([request])[0] for request in requests]
+    monkeypatch.setattr(hf, "decode", seen)
+    assert [g.token_ids for g in backend.generate(requests)] == [g.token_ids for g in alone]
+    assert widths == [[230, 225, 220, 24, 22], [20]]  # 429 tokens of padding in the first; the last row would bring 210 more
+
+
 def test_training_mode_comes_back(tokenizer):
     backend = HFBackend(tiny().train(), tokenizer, mutable=True)
     backend.generate(prompts(2))
