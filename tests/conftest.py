@@ -32,7 +32,9 @@ def sampler(bank: ProfileBank) -> UniformSampler:
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
     from usp_env.models import assets
 
-    fetched = all(assets.available(name) for name in ("smollm2-135m", "minilm", "usp-mini-sft", "profile-generator"))
+    fetched = all(
+        assets.available(name) for name in ("smollm2-135m", "minilm", "usp-mini-sft", "plato-mini", "profile-generator")
+    )
     chosen = config.getoption("-m") or ""
     for item in items:
         if "assets" in item.keywords and not fetched:

@@ -247,22 +247,27 @@ def fit(model: Any, tokenizer: Any, train: Sequence[Row], val: Sequence[Row], ar
 
 
 def save(trainer: Any, args: argparse.Namespace) -> None:
-    """The adapter (in bfloat16) or the model, as safetensors in `out/final`. Every process calls it, one writes."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
+    """The adapter or the model, as safetensors in `out/final`. Every process calls it, one writes."""
     final = args.out / "final"
     trainer.save_model(str(final))  # it gathers what is sharded over processes
     if not trainer.is_world_process_zero():
         return
     (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, of this machine
-    weights = final / "adapter_model.safetensors"
     if not args.full:
-        save_file({name: weight.to(torch.bfloat16) for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
-    file = final / "adapter_config.json"
-    if file.is_file() and args.model in assets.ASSETS:  # not the folder of this machine's cache
-        config = json.loads(file.read_text("utf-8")) | {"base_model_name_or_path": assets.ASSETS[args.model].hub}
-        file.write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+        publish(final, args.model)
+
+
+def publish(folder: Path, model: str) -> None:
+    """Make a saved adapter fit to ship: weights in bfloat16, settings that are set, and among them no folder of this machine."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file({name: weight.to(torch.bfloat16) for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
+    config = {key: value for key, value in json.loads(settings.read_text("utf-8")).items() if value not in (None, {}, [])}
+    if model in assets.ASSETS:
+        config["base_model_name_or_path"] = assets.ASSETS[model].hub
+    settings.write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ USP_BENCH_1 = Protocol()
 PINNED = Facts(
     bank_digest="c7e318408524d748a34c5c7256e95a9685b80bb6ecabeb5223160def0c7bf446",
     sampler_digest="aee78d30dae328434cb7101ad435266ec9708784a9885601bb97dae852be2675",
-    user_weights="3b3f913075a5857f82da503b9ad39b4fa2fd1491895e4bee9c984d1a70dd3429",
+    user_weights="49773eaac7687d27475aa1c65f0e26930c9ab0c418d9c4ba302dc87d6290b131",
     decoding={"temperature": 0.8, "top_p": 0.9, "max_tokens": 96, "stop": [], "min_tokens": 0},
     scorer={"goal": {"scorer": "answer-v1"}},
 )

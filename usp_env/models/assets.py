@@ -100,8 +100,13 @@ ASSETS: dict[str, Asset] = {
         ),
         _adapter(
             "usp-mini-sft",
-            "3b3f913075a5857f82da503b9ad39b4fa2fd1491895e4bee9c984d1a70dd3429",
-            "a USP user: SmolLM2-135M after conditional SFT on the packaged bank's conversations",
+            "49773eaac7687d27475aa1c65f0e26930c9ab0c418d9c4ba302dc87d6290b131",
+            "a USP user: SmolLM2-135M after conditional SFT on the conversations of the packaged banks",
+        ),
+        _adapter(
+            "plato-mini",
+            "6d56a850582b2ee8f6301cc6a7d7aa41008a5e22445ae6ce719bbfc6980d9fcf",
+            "a user without profile (PlatoLM): SmolLM2-135M after SFT on the same conversations as usp-mini-sft",
         ),
         _adapter(
             "profile-generator",

@@ -4,7 +4,7 @@
 |-------------------------------|--------------------------------------------------------------------------------------|
 | `usp-mini`, `usp-mini-sft`    | the packaged USP user: SmolLM2-135M after conditional SFT                            |
 | `usp:<model>`                 | any model under USP's template (profile in the system message, user header)          |
-| `plato-mini`, `plato:<model>` | PlatoLM: the same without a profile; `plato-mini` is SmolLM2-135M until weights ship |
+| `plato-mini`, `plato:<model>` | PlatoLM: the same without a profile; `plato-mini` is the packaged one              |
 | `userlm:<model>`              | UserLM: the objective facts are its intent; may stand behind guardrails              |
 | `roleplay:<model>`            | an assistant model plays the user                                                    |
 | `dialogue:<model>`            | an assistant model plays the user from the dialogue alone                            |
@@ -70,7 +70,7 @@ def _human(rest: str) -> HumanSpeaker:
     return HumanSpeaker("user")
 
 
-ALIASES = {"usp-mini": "usp:usp-mini-sft", "usp-mini-sft": "usp:usp-mini-sft", "plato-mini": "plato:smollm2-135m"}
+ALIASES = {"usp-mini": "usp:usp-mini-sft", "usp-mini-sft": "usp:usp-mini-sft", "plato-mini": "plato:plato-mini"}
 KINDS = {
     "usp": Kind(usp.render, usp.SAMPLING, "user"),
     "plato": Kind(plato.render, plato.SAMPLING, "user"),

@@ -183,7 +183,7 @@ def test_the_pinned_protocol_is_what_ships() -> None:
     fewer = replace(USP_BENCH_1, n=10, seeds=(0, 1))
     assert departures(fewer, draw(sampler, fewer), facts) == ["n: 100 → 10", "seeds: [0] → [0, 1]"]
     other = departures(USP_BENCH_1, plan, replace(facts, user_weights="f" * 64))
-    assert other == ["user_weights: 3b3f913075a5 → ffffffffffff"]
+    assert other == ["user_weights: 49773eaac768 → ffffffffffff"]
     warm = users.load("usp-mini?temperature=1.5", lambda spec: ScriptedBackend([], spec=str(spec)))
     assert departures(USP_BENCH_1, plan, replace(Facts.of(sampler, warm, None), scorer=PINNED.scorer))[0].startswith("decoding")
     drawn_otherwise = replace(plan, episodes={"majority": plan.episodes["majority"][::-1]})
@@ -582,7 +582,7 @@ def test_an_adapter_has_a_digest_of_its_own() -> None:
     assert digest("smollm2-135m?adapter=runs/grpo", ScriptedBackend) is None  # nobody tells
     plan = draw(load_sampler("sharegpt", "test"), USP_BENCH_1)
     tuned = departures(USP_BENCH_1, plan, replace(PINNED, user_weights=f"{base}+{'a' * 64}"))
-    assert tuned == [f"user_weights: 3b3f913075a5 → {base[:12]}+aaaaaaaaaaaa"]
+    assert tuned == [f"user_weights: 49773eaac768 → {base[:12]}+aaaaaaaaaaaa"]
 
 
 class Helpful:

