@@ -238,10 +238,14 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": dict(properties), "required": list(properties), "additionalProperties": False}
 
 
-_LIST = {"type": "array", "items": {"type": "string"}}
-_TEXT_OR_NULL = {"type": ["string", "null"]}
-FACTS_SCHEMA = _object(dict.fromkeys((*FACTS, STYLE), _LIST))
-_SCENARIO = _object({"goals_or_plans": {"type": "string"}, "task_details": _LIST})
-SCENARIOS_SCHEMA = _object({"scenarios": {"type": "array", "items": _SCENARIO}})
+# Bounds, so that no model goes on for ever inside a grammar that lets it. Of the keywords for texts OpenAI's strict mode knows
+# `pattern`, not `maxLength`; quotation marks and backslashes are left out since engines match it against the escaped text.
+_TEXT = {"type": "string", "pattern": r'^[^"\\\n\r\t]{2,400}$'}
+_PHRASES = {"type": "array", "items": _TEXT, "maxItems": 6}
+_REQUESTS = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 20}
+_TEXT_OR_NULL = {"anyOf": [_TEXT, {"type": "null"}]}
+FACTS_SCHEMA = _object(dict.fromkeys((*FACTS, STYLE), _PHRASES))
+_SCENARIO = _object({"goals_or_plans": _TEXT, "task_details": _REQUESTS})
+SCENARIOS_SCHEMA = _object({"scenarios": {"type": "array", "items": _SCENARIO, "minItems": 1, "maxItems": 3}})
 _SCORED = _object({"score": {"type": "string", "enum": list(SCORES)}, "conclusion": _TEXT_OR_NULL, "reason": _TEXT_OR_NULL})
 TRAITS_SCHEMA = _object(dict.fromkeys(TRAITS, _SCORED))

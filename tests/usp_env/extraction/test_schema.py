@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -196,7 +197,13 @@ def test_the_json_schemas_are_strict_ones() -> None:
             for child in node["properties"].values():
                 walk(child)
         if node.get("type") == "array":
+            assert node["maxItems"] <= 20  # a small model in a grammar without bounds goes on until it is cut off
             walk(node["items"])
+        if node.get("type") == "string" and "enum" not in node:
+            assert re.search(node["pattern"], "Likely a cook in Łódź, as evidenced by 'nóż'")
+            assert not any(re.search(node["pattern"], text) for text in ("", "a" * 401, 'a "b"', "a\nb"))
+        for child in node.get("anyOf", ()):
+            walk(child)
 
     for shape in (schema.FACTS_SCHEMA, schema.SCENARIOS_SCHEMA, schema.TRAITS_SCHEMA):
         walk(shape)
