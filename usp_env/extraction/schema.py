@@ -239,8 +239,8 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Bounds, so that no model goes on for ever inside a grammar that lets it. Of the keywords for texts OpenAI's strict mode knows
-# `pattern`, not `maxLength`; quotation marks and backslashes are left out since engines match it against the escaped text.
-_TEXT = {"type": "string", "pattern": r'^[^"\\\n\r\t]{2,400}$'}
+# `pattern`, not `maxLength`; xgrammar knows counts to 128; quotation marks and backslashes are out since engines match escaped text.
+_TEXT = {"type": "string", "pattern": r'^([^"\\\n\r\t]{1,100}){1,3}$'}
 _PHRASES = {"type": "array", "items": _TEXT, "maxItems": 6}
 _REQUESTS = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 20}
 _TEXT_OR_NULL = {"anyOf": [_TEXT, {"type": "null"}]}
