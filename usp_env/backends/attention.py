@@ -44,7 +44,7 @@ def attend(
         query: (B, H, T, D).
         key: (B, G, W, D), H a multiple of G.
         value: As `key`.
-        attention_mask: (B or 1, 1, T, W), True or 0.0 where attended; None: all (T = 1) or causal.
+        attention_mask: (B or 1, 1 or H, T, W), True or 0.0 where attended; None: all (T = 1) or causal.
         dropout: Of the weights.
         scaling: None: D ** -0.5.
         is_causal: See `transformers`.
@@ -55,14 +55,15 @@ def attend(
     """
     rows, heads, length, size = query.shape
     shared = heads // key.shape[1]
-    plain = attention_mask is None and length > 1  # the mask is implied
-    if shared == 1 or length > FEW or plain or dropout or kwargs.get("position_bias") is not None:
+    implied = attention_mask is None and length > 1
+    each = attention_mask is not None and attention_mask.shape[1] > 1  # a mask for every head
+    if shared == 1 or length > FEW or implied or each or dropout or kwargs.get("position_bias") is not None:
         made: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return made
     grouped = query.reshape(rows, key.shape[1], shared * length, size)
-    mask = None if attention_mask is None else attention_mask[:, :1].repeat(1, 1, shared, 1)
+    mask = None if attention_mask is None else attention_mask.repeat(1, 1, shared, 1)
     out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(rows, heads, length, size).transpose(1, 2).contiguous(), None
 

@@ -6,31 +6,34 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 
-def batches(sizes: Sequence[int], rows: int, tokens: int, padding: int) -> Iterator[list[int]]:
-    """Cut rows into batches of similar length; the longest first, so that memory fails early.
+def batches(prompts: Sequence[int], replies: Sequence[int], rows: int, tokens: int, padding: int) -> Iterator[list[int]]:
+    """Cut rows into batches whose prompts are of similar length; the longest first, so that memory fails early.
 
     Args:
-        sizes: Tokens of each row, prompt and reply.
+        prompts: Tokens of each row's prompt.
+        replies: Most tokens of each row's reply.
         rows: Most rows of a batch.
-        tokens: Most tokens of a batch, padding included.
-        padding: Most tokens of padding in a batch.
+        tokens: Most tokens of a batch, each row as wide as the longest prompt and the longest reply together.
+        padding: Most tokens of padding before a batch's prompts.
 
     Yields:
         Indices of rows.
 
     Example:
-        >>> list(batches([90, 2000, 100, 1900, 80], rows=64, tokens=65_536, padding=200))
+        >>> list(batches([90, 2000, 100, 1900, 80], [10] * 5, rows=64, tokens=65_536, padding=200))
         [[1, 3], [2, 0, 4]]
     """
     batch: list[int] = []
-    padded = 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        longest = sizes[batch[0]] if batch else sizes[i]
-        if batch and (len(batch) >= rows or longest * (len(batch) + 1) > tokens or padded + longest - sizes[i] > padding):
+    longest = reply = padded = 0
+    for i in sorted(range(len(prompts)), key=lambda i: -prompts[i]):
+        wide = (longest + max(reply, replies[i])) * (len(batch) + 1) > tokens
+        if batch and (wide or len(batch) >= rows or padded + longest - prompts[i] > padding):
             yield batch
-            batch, padded, longest = [], 0, sizes[i]
+            batch, reply, padded = [], 0, 0
+        if not batch:
+            longest = prompts[i]
         batch.append(i)
-        padded += longest - sizes[i]
+        reply, padded = max(reply, replies[i]), padded + longest - prompts[i]
     if batch:
         yield batch
 

@@ -290,8 +290,9 @@ class HFBackend:
             self._read = count
 
     def _batches(self, jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:
-        sizes = [len(jobs[i].prompt) + jobs[i].sampling.max_tokens for i in members]
-        for batch in batches(sizes, self.micro_batch, self.max_batch_tokens, self._padding):
+        prompts = [len(jobs[i].prompt) for i in members]
+        replies = [jobs[i].sampling.max_tokens for i in members]
+        for batch in batches(prompts, replies, self.micro_batch, self.max_batch_tokens, self._padding):
             yield [members[row] for row in batch]
 
     def _run(

@@ -239,7 +239,7 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Bounds, so that no model goes on for ever inside a grammar that lets it. Of the keywords for texts OpenAI's strict mode knows
-# `pattern`, not `maxLength`; xgrammar knows counts to 128; quotation marks and backslashes are out since engines match escaped text.
+# `pattern`, not `maxLength`; xgrammar counts to 128; quotation marks and backslashes are out since engines match escaped text.
 _TEXT = {"type": "string", "pattern": r'^([^"\\\n\r\t]{1,100}){1,3}$'}
 _PHRASES = {"type": "array", "items": _TEXT, "maxItems": 6}
 _REQUESTS = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 20}

@@ -10,31 +10,37 @@ from usp_env.backends.batching import batches, padding_worth_a_pass
 
 
 def test_by_hand() -> None:
-    sizes = [10, 100, 40, 90]
-    assert list(batches(sizes, 64, 10_000, 70)) == [[1, 3, 2], [0]]  # 0 + 10 + 60 of padding; 90 more would be too many
-    assert list(batches(sizes, 64, 10_000, 69)) == [[1, 3], [2, 0]]
-    assert list(batches(sizes, 1, 10_000, 70)) == [[1], [3], [2], [0]]
-    assert list(batches(sizes, 64, 200, 10_000)) == [[1, 3], [2, 0]]
-    assert list(batches([], 64, 200, 10)) == []
+    prompts, replies = [10, 100, 40, 90], [5, 5, 5, 5]
+    assert list(batches(prompts, replies, 64, 10_000, 70)) == [[1, 3, 2], [0]]  # 0 + 10 + 60 of padding; 90 more are too many
+    assert list(batches(prompts, replies, 64, 10_000, 69)) == [[1, 3], [2, 0]]
+    assert list(batches(prompts, replies, 1, 10_000, 70)) == [[1], [3], [2], [0]]
+    assert list(batches(prompts, replies, 64, 210, 10_000)) == [[1, 3], [2, 0]]
+    assert list(batches(prompts, replies, 64, 209, 10_000)) == [[1], [3, 2], [0]]
+    assert list(batches([], [], 64, 200, 10)) == []
+    # Each row is as wide as the longest prompt and the longest reply: 4 x 1,000 where no row has more than 520 tokens.
+    assert list(batches([500, 500, 20, 20], [20, 20, 500, 500], 64, 2100, 10_000)) == [[0, 1], [2, 3]]
 
 
 @settings(deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 3000), max_size=60),
+    sizes=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 500)), max_size=60),
     rows=st.integers(1, 64),
     tokens=st.integers(1, 60_000),
     padding=st.integers(0, 10_000),
 )
-def test_bounds_hold(sizes: list[int], rows: int, tokens: int, padding: int) -> None:
-    made = list(batches(sizes, rows, tokens, padding))
+def test_bounds_hold(sizes: list[tuple[int, int]], rows: int, tokens: int, padding: int) -> None:
+    prompts, replies = [prompt for prompt, _ in sizes], [reply for _, reply in sizes]
+    made = list(batches(prompts, replies, rows, tokens, padding))
     assert sorted(i for batch in made for i in batch) == list(range(len(sizes)))
     for batch in made:
-        lengths = [sizes[i] for i in batch]
+        lengths = [prompts[i] for i in batch]
         assert lengths == sorted(lengths, reverse=True)
         assert len(batch) <= rows
-        assert len(batch) == 1 or lengths[0] * len(batch) <= tokens  # one row alone is tried, however long
+        assert (
+            len(batch) == 1 or (lengths[0] + max(replies[i] for i in batch)) * len(batch) <= tokens
+        )  # one row alone is tried, however long
         assert sum(lengths[0] - length for length in lengths) <= padding
-    heads = [sizes[batch[0]] for batch in made]
+    heads = [prompts[batch[0]] for batch in made]
     assert heads == sorted(heads, reverse=True)
 
 
