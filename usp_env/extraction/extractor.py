@@ -1,4 +1,4 @@
-"""The two-stage extractor (paper A.2): three calls that infer attributes as JSON, one that rewrites them as two paragraphs.
+"""The two-stage extractor (paper A.2): three calls that infer attributes, one that rewrites them as two paragraphs; all answer in JSON.
 
 A malformed answer is asked for again with a new seed and the reason; after `retries` times the conversation is dropped, with that
 reason. A call that fails (server down, deadline) drops nothing: the conversation is `failed` and can be done another time.
@@ -188,7 +188,7 @@ class Extractor:
         lines = attributes.lines()
         rng = np.random.default_rng(generation_seed(self.seed, f"extract/{id}/shuffle", 0, "assistant"))
         shuffled = [lines[i] for i in rng.permutation(len(lines))]  # against position bias (paper A.2)
-        return _Ask(id, "polish", prompts.polish_messages(shuffled), schema.parse_paragraphs)
+        return _Ask(id, "polish", prompts.polish_messages(shuffled), schema.parse_profile, schema.PROFILE_SCHEMA)
 
     def _ask(self, asks: Sequence[_Ask], answers: Mapping[str, _Answers]) -> None:
         """Make the calls, and again those whose answer cannot be used; the results go into `answers`."""

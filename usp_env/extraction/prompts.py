@@ -54,13 +54,14 @@ conclusion and reason null."""
 
 POLISH_SYSTEM = (
     "You turn attributes of a person into a fluent profile in the second person. Use every attribute, add nothing, and do not "
-    "mention a conversation or a user. Answer with the two paragraphs and nothing else: no heading, no list."
+    "mention a conversation or a user. Answer with one JSON object and nothing else: no code fence, no comment."
 )
 
-POLISH = """Write two paragraphs with one empty line between them.
-First paragraph, 60 to 110 words: who you are and what you want ("You are ... You want ..."), from everything but language style \
+POLISH = """Write two paragraphs of plain prose, as a JSON object of this form:
+{"objective": "You are ...", "subjective": "You write ..."}
+"objective", 60 to 110 words: who you are and what you want ("You are ... You want ..."), from everything but language style \
 and personality, the goals and requests woven in.
-Second paragraph, 40 to 70 words: how you write and which traits show, from language style and personality, concrete enough to \
+"subjective", 40 to 70 words: how you write and which traits show, from language style and personality, concrete enough to \
 imitate, without flattery.
 
 Attributes, in no particular order:

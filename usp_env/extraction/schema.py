@@ -27,6 +27,7 @@ FACTS = (
 )
 STYLE = "language_style"
 TRAITS = ("Conscientiousness", "Agreeableness", "Extraversion", "Openness", "Neuroticism")
+PROFILE = ("objective", "subjective")
 SCORES = ("High", "Low", "Inconclusive")
 MIN_WORDS, MAX_WORDS = 10, 250  # of a paragraph; the packaged bank's have 35 to 120
 
@@ -185,6 +186,18 @@ def parse_paragraphs(text: str) -> tuple[str, str]:
     return found[0], found[1]
 
 
+def parse_profile(text: str) -> tuple[str, str]:
+    """The same from a rewriter's answer, one JSON object of the two paragraphs.
+
+    Raises:
+        MalformedOutputError: Another shape, or not two plain paragraphs in the second person.
+    """
+    record = _json_object(text, PROFILE)
+    if not all(isinstance(record[key], str) for key in PROFILE):
+        raise MalformedOutputError("'objective' and 'subjective' must be texts")
+    return parse_paragraphs("\n\n".join(record[key] for key in PROFILE))
+
+
 def _claim(text: str) -> Claim:
     phrase, *evidence = _EVIDENCE.split(text, maxsplit=1)
     return Claim(phrase.strip(), evidence[0].strip()) if evidence and phrase.strip() else Claim(text.strip())
@@ -240,7 +253,8 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 # Bounds, so that no model goes on for ever inside a grammar that lets it. Of the keywords for texts OpenAI's strict mode knows
 # `pattern`, not `maxLength`; xgrammar counts to 128; quotation marks and backslashes are out since engines match escaped text.
-_TEXT = {"type": "string", "pattern": r'^([^"\\\n\r\t]{1,100}){1,3}$'}
+_WORD = r'[^" \\\n\r\t]{1,40}'
+_TEXT = {"type": "string", "pattern": rf"^{_WORD}( {_WORD}){{0,60}}$"}
 _PHRASES = {"type": "array", "items": _TEXT, "maxItems": 6}
 _REQUESTS = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 20}
 _TEXT_OR_NULL = {"anyOf": [_TEXT, {"type": "null"}]}
@@ -249,3 +263,5 @@ _SCENARIO = _object({"goals_or_plans": _TEXT, "task_details": _REQUESTS})
 SCENARIOS_SCHEMA = _object({"scenarios": {"type": "array", "items": _SCENARIO, "minItems": 1, "maxItems": 3}})
 _SCORED = _object({"score": {"type": "string", "enum": list(SCORES)}, "conclusion": _TEXT_OR_NULL, "reason": _TEXT_OR_NULL})
 TRAITS_SCHEMA = _object(dict.fromkeys(TRAITS, _SCORED))
+_PARAGRAPH = {"type": "string", "pattern": rf"^Your?( {_WORD}){{9,120}}$"}
+PROFILE_SCHEMA = _object(dict.fromkeys(PROFILE, _PARAGRAPH))

@@ -46,9 +46,11 @@ def good(body: Mapping[str, Any]) -> str:
     call = call_of(body)
     thing = (re.findall(r"\w+-\d+", prompt) or ["?"])[0]
     if call == "polish":
-        return (
-            f"You are a small trader who wants to sell {thing} at a fair price in a stall of your own.\n\n"
-            f"You write short lower case questions about {thing} without any greeting and seldom a question mark."
+        return json.dumps(
+            {
+                "objective": f"You are a small trader who wants to sell {thing} at a fair price in a stall of your own.",
+                "subjective": f"You write short lower case questions about {thing} without any greeting and seldom a question mark.",
+            }
         )
     if call == "facts":
         empty: dict[str, list[str]] = {key: [] for key in (*schema.FACTS, schema.STYLE)}
@@ -64,10 +66,8 @@ def good(body: Mapping[str, Any]) -> str:
 
 def broken(body: Mapping[str, Any], kind: int) -> str:
     text = good(body)
-    if call_of(body) == "polish":
-        return [text.replace("\n\n", " "), text.replace("You are", "The user is"), "## Profile\n\n" + text, text + "\n\nDone."][
-            kind
-        ]
+    if call_of(body) == "polish" and kind == 3:
+        return text.replace("You are", "The user is")
     return [text[: len(text) // 2], f"```json\n{text}\n```", json.dumps({**json.loads(text), "mood": []}), "[]"][kind]
 
 

@@ -83,10 +83,10 @@ def test_structured_outputs_are_asked_for_and_the_assistant_is_context_only(tmp_
             extract_bank([conversation(1)], tmp_path / f"{structured}.jsonl", reader(url, structured=structured))
         bodies = {call_of(seen.body): seen.body for seen in server.seen}
         shapes = {name: body.get("response_format") for name, body in bodies.items()}
-        assert shapes["polish"] is None
         if structured:
             assert shapes["facts"]["type"] == "json_schema"  # type: ignore[index]
             assert shapes["facts"]["json_schema"]["schema"] == schema.FACTS_SCHEMA  # type: ignore[index]
+            assert shapes["polish"]["json_schema"]["schema"] == schema.PROFILE_SCHEMA  # type: ignore[index]
             assert shapes["traits"]["json_schema"]["strict"] is True  # type: ignore[index]
         else:
             assert set(shapes.values()) == {None}

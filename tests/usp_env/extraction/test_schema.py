@@ -201,13 +201,23 @@ def test_the_json_schemas_are_strict_ones() -> None:
             walk(node["items"])
         if node.get("type") == "string" and "enum" not in node:
             assert re.search(node["pattern"], "Likely a cook in Łódź, as evidenced by 'nóż'")
-            assert not any(re.search(node["pattern"], text) for text in ("", "a" * 301, 'a "b"', "a\nb"))
+            assert not any(re.search(node["pattern"], text) for text in ("", "a " * 62 + "a", "a" * 41, 'a "b"', "a\nb"))
         for child in node.get("anyOf", ()):
             walk(child)
 
     for shape in (schema.FACTS_SCHEMA, schema.SCENARIOS_SCHEMA, schema.TRAITS_SCHEMA):
         walk(shape)
         json.dumps(shape)
+
+
+def test_a_profile_is_an_object_of_two_paragraphs() -> None:
+    assert schema.parse_profile(json.dumps({"objective": OF, "subjective": SC})) == (OF, SC)
+    for record in ({"objective": OF}, {"objective": OF, "subjective": None}, {"objective": f"{OF}\n\n{SC}", "subjective": SC}):
+        with pytest.raises(MalformedOutputError):
+            schema.parse_profile(json.dumps(record))
+    paragraph = schema.PROFILE_SCHEMA["properties"]["objective"]["pattern"]
+    assert re.search(paragraph, OF)
+    assert not any(re.search(paragraph, text) for text in ("I cook.", "You cook.", f"{OF}\n\n{SC}", "You " + "a " * 120 + "a"))
 
 
 TALK = Dialogue.of(
