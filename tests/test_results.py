@@ -53,7 +53,7 @@ def users(tmp_path: Path) -> Path:
     card = {
         "users": {
             "mini": user(
-                mini, differences={"conversation": {"sem_sim": difference}}, invalid={"conversation": {"infra_failure": 1}}
+                mini, differences={"conversation": {"sem_sim": [difference]}}, invalid={"conversation": {"infra_failure": 1}}
             ),
             "plain": user({"sem_sim": entry(30.0), "esr": entry(None, reason="none")}),
             "real": user({"sem_sim": entry(60.0)}),
@@ -77,7 +77,7 @@ def test_users_stand_beside_the_papers(users: Path) -> None:
         "| *USP* | *10.00* | *65.39* | *46.23* | *38.77* | *56.24* | *74.38* | *64.05* | *44.08* | *3.35* | – | – | – |" in page
     )
     assert "| Sem-Sim | `plain` | +6.00 [+1.00, +11.00] | 7.50 | 1.20 | *1.34 (over DialogueGPT(4o))* |" in page
-    assert "Utterance level" not in page
+    assert "### Utterance level" not in page
     assert "5 of 9 people of `b` (test)" in page
     assert "seeds 0, 1" in page
     assert "`usp-env evaluate --user 'roleplay:a b' --out runs/x`" in page  # what anybody can give again

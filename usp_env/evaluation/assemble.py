@@ -94,35 +94,45 @@ def _statistic(column: Column, people: Sequence[str], counted: Rows) -> Callable
 # ── differences ──────────────────────────────────────────────────────────────────────────────────
 
 
-def differences(users: Mapping[str, Measurement], cards: Mapping[str, Mapping[str, Entry]]) -> dict[str, dict[str, Difference]]:
-    """Each user against the best of the others that have values for its people (`COVERED`), by metric.
+def differences(users: Mapping[str, Measurement]) -> dict[str, dict[str, list[Difference]]]:
+    """Each user against all others that have values for its people (`COVERED`), by metric, the hardest rival first.
 
     Metrics without a direction are left out.
 
     Args:
         users: Simulated users' measurements at one level.
-        cards: Their entries, which say who is best.
     """
-    out: dict[str, dict[str, Difference]] = {user: {} for user in users}
+    out: dict[str, dict[str, list[Difference]]] = {user: {} for user in users}
     for name, metric in METRICS.items():
-        means = {user: _mean_of(cards[user].get(name)) for user in users if isinstance(users[user].metrics.get(name), Column)}
-        known = {user: mean for user, mean in means.items() if mean is not None}
-        for user in known if metric.higher_is_better is not None else ():
-            own = _people_of(users[user], name)
-            others = {
-                other: mean
-                for other, mean in known.items()
-                if other != user and len(own & _people_of(users[other], name)) >= COVERED * len(own)
-            }
-            if others:
-                best = (max if metric.higher_is_better else min)(others, key=others.__getitem__)
-                out[user][name] = difference(metric, name, users[user], users[best], best)
+        for user in users if metric.higher_is_better is not None else ():
+            pairs = {other: _compared(users[user], users[other]) for other in users if other != user}
+            found = [difference(metric, name, *pair, other) for other, pair in pairs.items() if _is_rival(name, *pair)]
+            if found:
+                out[user][name] = sorted(found, key=lambda one: _lead(metric, one))
     return out
+
+
+def _compared(user: Measurement, other: Measurement) -> tuple[Measurement, Measurement]:
+    """Both over turns of their own: where one was given its first turn, the other without its first, too."""
+    if (user.later is None) == (other.later is None):
+        return user, other
+    return user.later or user, other.later or other
+
+
+def _is_rival(name: str, user: Measurement, other: Measurement) -> bool:
+    own = _people_of(user, name)
+    return bool(own) and len(own & _people_of(other, name)) >= COVERED * len(own)
+
+
+def _lead(metric: Metric, found: Difference) -> float:
+    """How far the user is ahead."""
+    ahead = math.inf if found["difference"] is None else found["difference"]
+    return ahead if metric.higher_is_better or math.isinf(ahead) else -ahead
 
 
 def _people_of(user: Measurement, name: str) -> set[str]:
     """Whom a metric has a value for."""
-    column = user.metrics[name]
+    column = user.metrics.get(name)
     if not isinstance(column, Column):
         return set()
     known = ~np.isnan(column.parts or (column.values,)).any(axis=0)  # a ratio counts a person without a share of their own
@@ -190,10 +200,6 @@ def scores(user: str, level: str, found: Measurement) -> list[dict[str, Any]]:
         | {name: _scaled(float(column.values[k]), metric) for name, (metric, column) in columns.items()}
         for k, person in enumerate(found.people)
     ]
-
-
-def _mean_of(found: Entry | None) -> float | None:
-    return None if found is None else found["mean"]
 
 
 def _scaled(value: float, metric: Metric) -> float | None:

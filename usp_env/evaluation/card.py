@@ -108,20 +108,22 @@ class Entry(TypedDict):
 
 
 class Difference(TypedDict):
-    """A user against the best of the other simulated users in one metric, on the same people.
+    """A user against another simulated user, a rival, in one metric, on the same people.
 
-    The other has values for at least 90 % of the user's people. At the utterance level the difference is over the turns that
+    A rival has values for at least 90 % of the user's people. At the utterance level the difference is over the turns that
     both said (termination F1 but all decisions), without those that have no context where one of the two is given no profile.
+    At the conversation level such a user is given the person's first turn: both sides are then taken without their first turns
+    (ESR and numbers of turns but from whole conversations), though only one side answered a real one.
 
     Attributes:
-        against: That other user.
+        against: The rival.
         difference: User less other, in the metric's unit.
         ci95: Of the difference; it excludes 0 where the two differ.
         ratio: Mean by mean, for margins as the paper gives them (1.34 is 34 % more); None where the divisor is 0,
             or one of the two is below 0.
         n: People with a value on both sides.
         minimum_detectable_effect: The smallest true difference that so many people show with probability 0.8.
-        twin: The same by the held-out scorer, against the same other user.
+        twin: The same by the held-out scorer, against the same rival.
     """
 
     against: str
@@ -142,7 +144,8 @@ class UserCard(TypedDict):
         invalid: Level to outcome to how many generations or episodes gave nothing to measure.
         utterance: Metric to entry; empty where the level was not asked for.
         conversation: See `utterance`.
-        differences: Level to metric to difference; empty for real people and where there is one user alone.
+        differences: Level to metric to a difference for each rival, the hardest first: the one by whom the user stands worst.
+            Empty for real people and where there is one user alone.
     """
 
     spec: str
@@ -150,7 +153,7 @@ class UserCard(TypedDict):
     invalid: dict[str, dict[str, int]]
     utterance: dict[str, Entry]
     conversation: dict[str, Entry]
-    differences: dict[str, dict[str, Difference]]
+    differences: dict[str, dict[str, list[Difference]]]
 
 
 class Card(TypedDict):

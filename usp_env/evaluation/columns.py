@@ -83,6 +83,8 @@ class Measurement:
         rows: Also of each row, for `scores.jsonl`.
         compared: Which turns of each row a difference may rest on, (m, t), t the same for every user; None where users do not
             answer the same contexts.
+        later: The same without each row's first turn, for differences to users that were given it; None without such users,
+            and for those users themselves.
     """
 
     people: tuple[str, ...]
@@ -90,6 +92,7 @@ class Measurement:
     invalid: Mapping[str, int] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
     compared: Mask | None = None
+    later: Measurement | None = None
 
 
 def with_twin(columns: Sequence[Column]) -> Column:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,11 @@ def talks(
             own, real = (_after_first(talk) if skip else talk for talk in (dialogue, person.dialogue))
             rows.append(Talk(person, seed, dialogue, own, real, episode.end_reason, outcome))
     return rows
+
+
+def without_openings(rows: Sequence[Talk]) -> list[Talk]:
+    """The rows of a user that opened by itself as they stand beside those of a user whose first turn was given."""
+    return [replace(row, own=_after_first(row.own), real=_after_first(row.real)) for row in rows]
 
 
 def _after_first(dialogue: Dialogue) -> Dialogue:

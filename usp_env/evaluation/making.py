@@ -25,10 +25,10 @@ def make_card(
     """The card of measurements."""
     cards = {name: {level: assemble.entries(own) for level, own in levels.items()} for name, levels in found.items()}
     names = [user.name for user in users]
-    gaps: dict[str, dict[str, dict[str, Difference]]] = {name: {} for name in found}
+    gaps: dict[str, dict[str, dict[str, list[Difference]]]] = {name: {} for name in found}
     for level in plan.levels:
         own = {name: found[name][level] for name in names if level in found[name]}
-        for name, differences in assemble.differences(own, {user: cards[user][level] for user in own}).items():
+        for name, differences in assemble.differences(own).items():
             gaps[name][level] = differences
     rows: dict[str, UserCard] = {}
     known = {user.name: user for user in users}

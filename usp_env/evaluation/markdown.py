@@ -23,6 +23,15 @@ HEADLINE = (
     "adv",
 )
 """Metrics whose differences are shown; the card has the others'."""
+COMPARED = (
+    f"Differences are on the same people, in the metric's unit, user less rival; a rival has values for at least {COVERED:.0%} "
+    "of the user's people, and the hardest rival is the one by whom the user stands worst. Utterance level: over the turns that "
+    "both said (termination F1: all decisions), without openings where one of the two is given no profile. Conversation level: "
+    "who is given no profile is given the person's own first turn; against such a user both sides are without their first "
+    "turns (ESR and numbers of turns: whole conversations), and the one with the profile still saw less of the real context. "
+    "Detectable: the smallest true difference that so many people show with probability 0.8."
+)
+"""What a difference is, for all pages."""
 
 
 def markdown(card: Card, cost: Mapping[str, Any]) -> str:
@@ -84,19 +93,15 @@ def _differences(card: Card) -> list[str]:
     lines = []
     for level in LEVELS:
         for user, facts in card["users"].items():
-            for name, found in facts["differences"].get(level, {}).items():
+            for name, (found, *_) in facts["differences"].get(level, {}).items():
                 if name not in HEADLINE:
                     continue
                 cells = (level, METRICS[name].label, f"`{user}`", f"`{found['against']}`", signed(found), _plain(found["ratio"]))
                 lines.append(f"| {' | '.join(cells)} | {_plain(found['minimum_detectable_effect'])} | {found['n']} |")
     if not lines:
         return []
-    about = (
-        f"A rival has values for at least {COVERED:.0%} of the user's people. At the utterance level differences are over the "
-        "turns that both said (termination F1: all decisions), without openings where one of the two is given no profile."
-    )
-    head = "| level | metric | user | best other | difference | ratio | detectable | n |"
-    return ["## Differences to the best of the other users", "", about, "", head, "|---" * 8 + "|", *lines, ""]
+    head = "| level | metric | user | hardest rival | difference | ratio | detectable | n |"
+    return ["## Differences to other users", "", COMPARED, "", head, "|---" * 8 + "|", *lines, ""]
 
 
 def signed(found: Difference) -> str:

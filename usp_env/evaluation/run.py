@@ -14,6 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,16 +210,15 @@ def _measure(
 ) -> dict[str, dict[Level, Measurement]]:
     """Row of the card to level to what was found."""
     todo = spoken.jobs(plan.people, plan.seeds, plan.most)
-    distances = conversation.adv(held, [who.dialogue for who in plan.everyone], scorers, plan.paper) if held else {}
     found: dict[str, dict[Level, Measurement]] = {user.name: {} for user in users}
     for user in users:
-        report(f"{user.name}: scoring")
         if user.name in turns:
+            report(f"{user.name}: scoring turns")
             found[user.name]["utterance"] = utterance.measure(todo, turns[user.name], user.given, scorers)
-        if user.name in held:
-            own = conversation.measure(held[user.name], user.given, plan.turns, scorers)
-            metrics = {**own.metrics, "adv": distances[user.name]}
-            found[user.name]["conversation"] = Measurement(own.people, metrics, own.invalid, own.rows)
+    if held:
+        report("conversations: scoring")
+        for name, own in _held(users, plan, scorers, held).items():
+            found[name]["conversation"] = own
     report("real people: scoring")
     found[REAL] = {
         level: ceilings.real(level, plan.people, plan.everyone, plan.turns, plan.most, scorers) for level in plan.levels
@@ -229,3 +229,20 @@ def _measure(
             for level in plan.levels
         }
     return found
+
+
+def _held(users: Sequence[Candidate], plan: Plan, scorers: Scorers, held: Mapping[str, Sequence[Talk]]) -> dict[str, Measurement]:
+    """The conversation level of every user; where some were given their first turns, of the others without theirs, too."""
+    given = {user.name: user.given for user in users}
+
+    def measure(rows: Mapping[str, Sequence[Talk]], scorers: Scorers) -> dict[str, Measurement]:
+        distances = conversation.adv(rows, [who.dialogue for who in plan.everyone], scorers, plan.paper)
+        found = {name: conversation.measure(own, given[name], plan.turns, scorers) for name, own in rows.items()}
+        return {name: replace(own, metrics={**own.metrics, "adv": distances[name]}) for name, own in found.items()}
+
+    found = measure(held, scorers)
+    if plan.paper or all(given.values()) or not any(given.values()):
+        return found
+    rest = {name: conversation.without_openings(own) for name, own in held.items() if given[name]}
+    later = measure(rest, replace(scorers, judge=None))  # who is given no profile has no SC.Score to compare with
+    return {name: replace(own, later=later.get(name)) for name, own in found.items()}

@@ -15,7 +15,7 @@ from usp_env.errors import UspError
 from usp_env.evaluation.assemble import COVERED
 from usp_env.evaluation.card import CARD, COST, LEVELS, METRICS, NEIGHBOUR, REAL, Card, Difference, Entry, Metric, read_card
 from usp_env.evaluation.leaderboard import MOST_INVALID
-from usp_env.evaluation.markdown import HEADLINE, marked
+from usp_env.evaluation.markdown import COMPARED, HEADLINE, marked
 from usp_env.evaluation.run import SCORES, USERS
 from usp_env.files import read_text
 from usp_env.report.card_plots import adv_chart, drift_charts, turn_chart
@@ -46,7 +46,7 @@ class Cell(NamedTuple):
         ci: Its interval; empty without one.
         n: People that counted.
         twin: Mean and interval by the held-out scorer; empty without one.
-        best: Best of the simulated users, by a paired difference whose interval excludes 0.
+        best: Best of the simulated users, by paired differences to all of its rivals whose intervals exclude 0.
         real: Whether real people stand there.
         alarm: What is alarming; else empty.
         extra: Other figures of this metric.
@@ -81,7 +81,10 @@ class Line(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """A difference as text; `verdict` is `better` or `worse` where its interval excludes 0, else empty."""
+    """A difference as text; `verdict` is `better` or `worse` where its interval excludes 0, else empty.
+
+    `headline`: to the hardest rival, in a metric that is shown first.
+    """
 
     label: str
     user: str
@@ -172,7 +175,7 @@ def render_card(
         card=card,
         users=users,
         specs={user: card["users"][user]["spec"] for user in users},
-        covered=f"{COVERED:.0%}".replace("%", " %"),
+        compared=COMPARED,
         warned=[user for user in users if marked(card, user)],
         most=f"{MOST_INVALID:.0%}".replace("%", " %"),
         given={user: card["users"][user]["profile"] for user in users},
@@ -255,22 +258,15 @@ def _plain(value: float) -> str:
 
 
 def best_user(card: Card, level: str, name: str) -> str | None:
-    """The simulated user with the best mean, if the paired difference to the best of the others excludes 0 in its favour.
+    """The simulated user whose paired differences to all of its rivals exclude 0 in its favour.
 
     It has values for as many people as a rival must have: two lucky conversations are no best.
     """
-    metric = METRICS[name]
-    found: dict[str, Entry] = {
-        user: row[level][name]  # type: ignore[literal-required]
-        for user, row in card["users"].items()
-        if row["differences"].get(level, {}).get(name)
-    }
-    most = max((entry["n"] for entry in found.values()), default=0)
-    known = {user: entry["mean"] for user, entry in found.items() if entry["mean"] is not None and entry["n"] >= COVERED * most}
-    if not known or metric.higher_is_better is None:
-        return None
-    first = (max if metric.higher_is_better else min)(known, key=known.__getitem__)
-    return first if verdict(metric, card["users"][first]["differences"][level][name]) == "better" else None
+    found = {user: row["differences"].get(level, {}).get(name, []) for user, row in card["users"].items()}
+    people: dict[str, int] = {user: card["users"][user][level][name]["n"] for user, own in found.items() if own}  # type: ignore[literal-required]
+    enough = [user for user, n in people.items() if n >= COVERED * max(people.values())]
+    ahead = (user for user in enough if all(verdict(METRICS[name], one) == "better" for one in found[user]))
+    return next(ahead, None)
 
 
 def verdict(metric: Metric, found: Difference) -> str:
@@ -288,16 +284,16 @@ def verdict(metric: Metric, found: Difference) -> str:
 
 
 def gaps(card: Card, level: str) -> list[Gap]:
-    """Every difference at a level, metric by metric."""
+    """Every difference at a level, metric by metric, a user's hardest rival first."""
     return [
-        _gap(name, user, row["differences"][level][name])
+        _gap(name, user, found, hardest=not rank)
         for name in METRICS
         for user, row in card["users"].items()
-        if name in row["differences"].get(level, {})
+        for rank, found in enumerate(row["differences"].get(level, {}).get(name, []))
     ]
 
 
-def _gap(name: str, user: str, found: Difference) -> Gap:
+def _gap(name: str, user: str, found: Difference, hardest: bool) -> Gap:
     metric, twin = METRICS[name], found.get("twin")
     told = "" if twin is None else f"{fixed(twin['difference'], sign='+')} {interval(twin['ci95'], sign='+')}".strip()
     return Gap(
@@ -311,7 +307,7 @@ def _gap(name: str, user: str, found: Difference) -> Gap:
         fixed(found["minimum_detectable_effect"]),
         found["n"],
         verdict(metric, found),
-        name in HEADLINE,
+        hardest and name in HEADLINE,
     )
 
 

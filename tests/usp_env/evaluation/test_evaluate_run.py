@@ -93,12 +93,13 @@ def test_swapped_dialogues_score_less(finished) -> None:
         assert mean(card, "swapped", level, "sem_sim") < 90
         assert mean(card, "swapped", level, "r_dp_p") == 0
     assert mean(card, "swapped", "conversation", "adv") > 0
-    gap = card["users"]["swapped"]["differences"]["conversation"]["sem_sim"]
-    assert gap["against"] in ("replay", "backwards")
-    assert gap["ci95"][1] < 0
-    assert gap["n"] == 4
-    assert gap["difference"] == pytest.approx(mean(card, "swapped", "conversation", "sem_sim") - 100, abs=1e-3)
-    assert gap["minimum_detectable_effect"] >= 0
+    gaps = card["users"]["swapped"]["differences"]["conversation"]["sem_sim"]
+    assert {gap["against"] for gap in gaps} == {"replay", "backwards"}
+    for gap in gaps:
+        assert gap["ci95"][1] < 0
+        assert gap["n"] == 4
+        assert gap["difference"] == pytest.approx(mean(card, "swapped", "conversation", "sem_sim") - 100, abs=1e-3)
+        assert gap["minimum_detectable_effect"] >= 0
 
 
 def test_turn_by_turn_and_all_turns_together_differ(finished) -> None:
@@ -118,7 +119,7 @@ def test_every_scorer_has_its_twin_beside_it(finished) -> None:
         for level in ("utterance", "conversation"):
             assert card["users"]["replay"][level][metric]["twin"]["scorer"] == scorer
     assert card["users"]["replay"]["conversation"]["r_dpc"]["twin"]["mean"] == 0
-    assert card["users"]["swapped"]["differences"]["conversation"]["human_likeness"]["twin"]["difference"] == 0
+    assert card["users"]["swapped"]["differences"]["conversation"]["human_likeness"][0]["twin"]["difference"] == 0
     assert card["scorers"]["human"] == ["short", "short-twin"]
 
 
@@ -185,7 +186,7 @@ def test_ending_where_it_is_hard_wins_nothing(tmp_path: Path) -> None:
     card = run(tmp_path, brave, quits, people=people, levels=("utterance",))
     assert (mean(card, "brave", "utterance", "sem_sim"), mean(card, "quits", "utterance", "sem_sim")) == (50, 100)
     for metric in ("sem_sim", "ava", "human_likeness", "r_dp_p", "p_cover", "copy_rate"):
-        gap = card["users"]["quits"]["differences"]["utterance"][metric]
+        gap = card["users"]["quits"]["differences"]["utterance"][metric][0]
         assert (gap["difference"], gap["n"]) == (0, 4), metric  # the openings, which both said
     for user, turns, ended in (("brave", 8, 0), ("quits", 4, 4)):
         detail = card["users"][user]["utterance"]["sem_sim"]["detail"]
@@ -202,8 +203,10 @@ def test_openings_do_not_count_against_who_is_given_nothing(tmp_path: Path) -> N
     card = run(tmp_path, free, half, candidate("replay", own), people=people, levels=("utterance",))
     assert mean(card, "free", "utterance", "sem_sim") == mean(card, "half", "utterance", "sem_sim") == 50
     for user, difference in (("free", 0), ("half", -50)):
-        gap = card["users"][user]["differences"]["utterance"]["sem_sim"]
-        assert (gap["against"], gap["difference"], gap["n"]) == ("replay", difference, 4)
+        gaps = {
+            gap["against"]: (gap["difference"], gap["n"]) for gap in card["users"][user]["differences"]["utterance"]["sem_sim"]
+        }
+        assert gaps["replay"] == (difference, 4)
     assert card["users"]["free"]["utterance"]["sem_sim"]["note"] == utterance.OPENINGS
     assert "note" not in card["users"]["half"]["utterance"]["sem_sim"]
 
@@ -240,6 +243,25 @@ def test_the_first_turn_that_was_given_is_not_the_users(tmp_path: Path) -> None:
     paper = run(tmp_path / "paper", candidate("free", answer, given=False), people=people, paper=True)
     assert mean(paper, "free", "conversation", "sem_sim") > 30  # the given turn is compared with itself
     assert paper["protocol"] == "paper"
+
+
+def test_a_first_turn_that_one_was_given_counts_for_nobody(tmp_path: Path) -> None:
+    """Who has a profile must not gain by an opening that its rival is not judged by."""
+    people = make_people()
+    own = real_turns(people)
+
+    def second(view, seed):
+        said = sum(message.role == "user" for message in view.messages)
+        return "the same words" if said == 1 else own(view, seed)
+
+    free = candidate("free", lambda view, seed: second(view, seed) if len(view.messages) < 3 else Reply("", ended=True), False)
+    card = run(tmp_path, candidate("opens", second), free, people=people, levels=("conversation",))
+    assert mean(card, "opens", "conversation", "sem_sim") > mean(card, "free", "conversation", "sem_sim")
+    for metric in ("sem_sim", "style_sim", "human_likeness", "r_dp_p", "p_cover", "adv", "esr"):
+        for user in ("opens", "free"):
+            gaps = card["users"][user]["differences"]["conversation"][metric]
+            assert [(gap["difference"], gap["n"]) for gap in gaps] == [(0, 4)], metric
+    assert "both sides are without their first turns" in (tmp_path / "card.md").read_text("utf-8")
 
 
 def test_a_user_that_is_the_same_for_everybody_sets_off_the_alarm(tmp_path: Path) -> None:
@@ -317,7 +339,7 @@ def test_failures_of_some_leave_the_others_measured(tmp_path: Path) -> None:
     for level in ("utterance", "conversation"):
         assert card["users"]["half"][level]["sem_sim"]["n"] == 3
         assert mean(card, "half", level, "sem_sim") == 100
-        assert card["users"]["half"]["differences"][level]["sem_sim"]["n"] == 3
+        assert card["users"]["half"]["differences"][level]["sem_sim"][0]["n"] == 3
     text = (tmp_path / "card.md").read_text("utf-8")
     assert "`half` ⚠ | `replay` |" in text  # 1 of 4 conversations
     assert "⚠ more than 2% of the conversations are invalid." in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,28 +79,59 @@ def test_one_person_has_no_interval() -> None:
     assert (found["mean"], found["ci95"], found["n"]) == (60, None, 1)
 
 
-def test_each_user_stands_against_the_best_of_the_others() -> None:
+def test_each_user_stands_against_every_other_the_hardest_first() -> None:
     users = {
         "good": measured(sem_sim=column(0.8, 0.8, 0.6, 0.6), esr=column(0, 0, 0, 0), user_turns=column(1, 1, 1, 1)),
         "mid": measured(sem_sim=column(0.5, 0.5, 0.5, 0.5), esr=column(0, 1, 0, 1)),
         "bad": measured(sem_sim=column(0.1, 0.1, 0.3, 0.3, twin=column(0, 0, 0, 0)), esr=column(1, 1, 1, 1)),
     }
-    found = differences(users, {user: entries(own) for user, own in users.items()})
-    gap = found["good"]["sem_sim"]
+    found = differences(users)
+    gap, easier = found["good"]["sem_sim"]
+    assert (easier["against"], easier["difference"]) == ("bad", pytest.approx(50))
     assert (gap["against"], gap["difference"], gap["ratio"], gap["n"]) == ("mid", pytest.approx(20), pytest.approx(1.4), 2)
     assert gap["ci95"] == pytest.approx([10, 30])
     expected = minimum_detectable_effect([0.3, 0.1], ["ann", "bob"], [0.0, 0.0], ["ann", "bob"])
     assert gap["minimum_detectable_effect"] == pytest.approx(100 * expected, abs=1e-4)
-    assert [found[user]["sem_sim"]["against"] for user in ("mid", "bad")] == ["good", "good"]
-    assert found["good"]["esr"]["against"] == "mid"  # lower is better
-    assert found["good"]["esr"]["difference"] == -50
+    assert [found[user]["sem_sim"][0]["against"] for user in ("mid", "bad")] == ["good", "good"]
+    assert [(one["against"], one["difference"]) for one in found["good"]["esr"]] == [
+        ("mid", -50),
+        ("bad", -100),
+    ]  # lower is better
+    assert [(one["against"], one["difference"]) for one in found["mid"]["esr"]] == [("good", 50), ("bad", -50)]
     assert "user_turns" not in found["good"]
-    assert "twin" not in found["good"]["sem_sim"]
+    assert "twin" not in gap
+
+
+def test_the_hardest_rival_is_the_one_of_the_difference_not_of_the_means() -> None:
+    people = tuple(f"p{k}" for k in range(10))
+
+    def user(*values: float) -> Measurement:
+        return Measurement(people, {"sem_sim": column(*values)})
+
+    # "lacking" has no value for the person by whom everybody else loses: its mean is the best, and it does worst on the others.
+    users = {"own": user(0, *[0.5] * 9), "even": user(0, *[0.5] * 9), "lacking": user(NAN, *[0.49] * 9)}
+    found = differences(users)["own"]["sem_sim"]
+    assert [(gap["against"], gap["difference"], gap["n"]) for gap in found] == [("even", 0, 10), ("lacking", pytest.approx(1), 9)]
+
+
+def test_first_turns_that_a_rival_was_given_are_left_out_on_both_sides() -> None:
+    def user(mean: float, later: float | None) -> Measurement:
+        rest = None if later is None else measured(sem_sim=column(*[later] * 4))
+        return replace(measured(sem_sim=column(*[mean] * 4)), later=rest)
+
+    found = differences({"own": user(0.9, 0.3), "other": user(0.7, 0.6), "free": user(0.5, None)})
+    gaps = {user: {gap["against"]: gap["difference"] for gap in own["sem_sim"]} for user, own in found.items()}
+    assert gaps == {
+        "own": {"free": -20, "other": pytest.approx(20)},
+        "other": {"own": pytest.approx(-20), "free": pytest.approx(10)},
+        "free": {"other": pytest.approx(-10), "own": 20},
+    }
+    assert [gap["against"] for gap in found["own"]["sem_sim"]] == ["free", "other"]
 
 
 def test_a_margin_over_less_than_nothing_is_not_given() -> None:
     users = {"a": measured(style_sim=column(0.4, 0.4, 0.4, 0.4)), "b": measured(style_sim=column(-0.1, -0.1, -0.1, -0.1))}
-    gap = differences(users, {name: entries(own) for name, own in users.items()})["a"]["style_sim"]
+    gap = differences(users)["a"]["style_sim"][0]
     assert (gap["difference"], gap["ratio"]) == (50, None)
 
 
@@ -109,7 +141,7 @@ def test_differences_of_f1_resample_both_together() -> None:
         return measured(termination_f1=column(*(parts[0] / parts[1]), of="ratio", parts=parts))
 
     users = {"a": user(1, 1, 1, 1), "b": user(0, 0, 0, 0)}
-    gap = differences(users, {name: entries(own) for name, own in users.items()})["a"]["termination_f1"]
+    gap = differences(users)["a"]["termination_f1"][0]
     assert gap["difference"] == pytest.approx(100 * 8 / 12, abs=1e-3)
     assert gap["ci95"] == pytest.approx([66.6667, 66.6667])
     assert gap["minimum_detectable_effect"] is None
@@ -123,8 +155,8 @@ def test_a_row_that_one_side_lacks_weighs_nobody_otherwise() -> None:
         name: Measurement(people, {"r_dpc": column(*values, of="harmonic", parts=(values, values))})
         for name, values in (("whole", whole), ("lacking", lacking))
     }
-    for gap in differences(users, {name: entries(own) for name, own in users.items()}).values():
-        assert (gap["r_dpc"]["difference"], gap["r_dpc"]["ci95"], gap["r_dpc"]["n"]) == (0, [0, 0], 3)
+    for gap in differences(users).values():
+        assert [(own["difference"], own["ci95"], own["n"]) for own in gap["r_dpc"]] == [(0, [0, 0], 3)]
 
 
 def test_two_lucky_conversations_are_no_rival() -> None:
@@ -134,10 +166,11 @@ def test_two_lucky_conversations_are_no_rival() -> None:
         return Measurement(people, {"sem_sim": column(*(mean if k < n else NAN for k in range(20)))})
 
     users = {"best": user(0.5, 20), "most": user(0.4, 18), "lucky": user(0.9, 16)}
-    found = differences(users, {name: entries(own) for name, own in users.items()})
-    assert {name: own["sem_sim"]["against"] for name, own in found.items()} == {"best": "most", "most": "best", "lucky": "best"}
+    found = differences(users)
+    rivals = {name: [gap["against"] for gap in own["sem_sim"]] for name, own in found.items()}
+    assert rivals == {"best": ["most"], "most": ["best"], "lucky": ["best", "most"]}
     pair = {name: users[name] for name in ("best", "lucky")}
-    assert "sem_sim" not in differences(pair, {name: entries(own) for name, own in pair.items()})["best"]
+    assert "sem_sim" not in differences(pair)["best"]
 
 
 def test_the_spread_of_first_turns_is_that_of_pairs() -> None:
@@ -159,7 +192,7 @@ def test_the_spread_of_first_turns_is_that_of_pairs() -> None:
         entry = cards[name]["first_turn_diversity"]
         assert entry["mean"] == pytest.approx(100 * first_turn_diversity(own).mean(), abs=1e-4)
         assert (entry["ci95"][1] - entry["ci95"][0]) / 3.92 == pytest.approx(100 * error(left_out(own)), rel=0.15)
-    gap = differences(users, cards)["a"]["first_turn_diversity"]
+    gap = differences(users)["a"]["first_turn_diversity"][0]
     detectable = (1.959964 + 0.841621) * error(left_out(texts["a"]) - left_out(texts["b"]))  # the same person on both sides
     assert gap["minimum_detectable_effect"] == pytest.approx(100 * detectable, rel=1e-4)
     assert gap["difference"] == pytest.approx(

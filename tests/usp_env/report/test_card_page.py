@@ -43,14 +43,14 @@ def make_card(first: str = "a", second: str = "b") -> dict[str, Any]:
     means = {first: (60.0, 50.0, 9.0), second: (40.0, 40.0, 3.0)}
     gaps = {
         first: {
-            "sem_sim": against(second, 20.0, [10.0, 30.0]),
-            "ava": against(second, 10.0, [-1.0, 21.0]),
-            "esr": against(second, 6.0, [2.0, 8.0]),
+            "sem_sim": [against(second, 20.0, [10.0, 30.0])],
+            "ava": [against(second, 10.0, [-1.0, 21.0])],
+            "esr": [against(second, 6.0, [2.0, 8.0])],
         },
         second: {
-            "sem_sim": against(first, -20.0, [-30.0, -10.0]),
-            "ava": against(first, -10.0, [-21.0, 1.0]),
-            "esr": against(first, -6.0, [-8.0, -2.0]),
+            "sem_sim": [against(first, -20.0, [-30.0, -10.0])],
+            "ava": [against(first, -10.0, [-21.0, 1.0])],
+            "esr": [against(first, -6.0, [-8.0, -2.0])],
         },
     }
     users: dict[str, Any] = {}
@@ -119,11 +119,15 @@ def test_the_best_is_marked_only_where_the_interval_excludes_0() -> None:
         "Spread between people": [False] * 4,
         "MATTR": [False] * 4,
     }
-    card["users"]["a"]["differences"]["conversation"]["sem_sim"]["ci95"] = [0.0, 30.0]
-    assert not line(card, "Sem-Sim").cells[0].best
-    card["users"]["a"]["conversation"]["sem_sim"]["mean"] = 30.0  # best on shared people, but not by its mean: nobody is
-    card["users"]["a"]["differences"]["conversation"]["sem_sim"]["ci95"] = [1.0, 30.0]
+    gaps = card["users"]["a"]["differences"]["conversation"]["sem_sim"]
+    card["users"]["a"]["conversation"]["sem_sim"]["mean"] = 30.0  # means are over what each was judged by; pairs decide
+    assert line(card, "Sem-Sim").cells[0].best
+    gaps.append(against("c", 30.0, [0.0, 60.0]))  # one rival of several that is not surely behind
     assert not any(cell.best for cell in line(card, "Sem-Sim").cells)
+    gaps[1]["ci95"] = [1.0, 60.0]
+    assert line(card, "Sem-Sim").cells[0].best
+    found = [(gap.against, gap.headline) for gap in page.gaps(card, "conversation") if gap.user == "a" and "Sem" in gap.label]
+    assert found == [("b", True), ("c", False)]
 
 
 def test_few_people_are_no_best() -> None:
