@@ -13,10 +13,11 @@ import numpy as np
 from usp_env.errors import SpecError
 from usp_env.evaluation.card import METRICS, Difference, Entry, Metric, not_measured
 from usp_env.evaluation.columns import Column, FloatArray, Mask, Measured, Measurement, Missing, Whole
-from usp_env.evaluation.resampling import Rows, people_interval
+from usp_env.evaluation.resampling import Rows, people_interval, resample
 from usp_env.metrics import statistics
 from usp_env.metrics.consistency import harmonic_mean
-from usp_env.metrics.statistics import Interval
+from usp_env.metrics.diversity import wasserstein
+from usp_env.metrics.statistics import Interval, percentile_interval, person_means
 
 DIGITS = 4
 COVERED = 0.9
@@ -72,7 +73,7 @@ def _interval(measured: Column | Whole, people: Sequence[str]) -> Interval:
 
 
 def _statistic(column: Column, people: Sequence[str], counted: Rows) -> Callable[[Rows], float]:
-    """The card's number of a harmonic mean or a ratio, from some of the rows that are counted."""
+    """The card's number of a harmonic mean, a distance or a ratio, from some of the rows that are counted."""
     first, second = column.parts
     if column.of == "harmonic":
         counts = Counter(people[i] for i in counted)
@@ -83,6 +84,9 @@ def _statistic(column: Column, people: Sequence[str], counted: Rows) -> Callable
             return float(harmonic_mean(p, r))
 
         return harmonic
+
+    if column.of == "distance":
+        return lambda rows: wasserstein(first[rows], second[rows])
 
     def ratio(rows: Rows) -> float:
         below = float(np.nansum(second[rows]))
@@ -158,24 +162,43 @@ def _among(column: Column, turns: Mask | None) -> Column:
 def _difference(
     metric: Metric, a: Column, people_a: Sequence[str], b: Column, people_b: Sequence[str], against: str
 ) -> Difference:
-    ratio, effect = None, math.nan
-    if a.of in ("mean", "pairs"):
-        pair = (_averaged(a), people_a, _averaged(b), people_b)
-        interval, effect = statistics.paired_difference(*pair), statistics.minimum_detectable_effect(*pair)
-        found = statistics.paired_ratio(*pair).value
-        ratio = _number(found) if found >= 0 else None  # a margin says nothing where cosines are below 0
-    else:
-        rows = np.flatnonzero(~(np.isnan(a.parts).any(axis=0) | np.isnan(b.parts).any(axis=0)))
-        of_a, of_b = _statistic(a, people_a, rows), _statistic(b, people_b, rows)
-        interval = people_interval([people_a[i] for i in rows], lambda drawn: of_a(rows[drawn]) - of_b(rows[drawn]))
+    of_what = _of_means if a.of in ("mean", "pairs") else _of_statistics
+    interval, effect, mean_a, mean_b = of_what(a, people_a, b, people_b)
     return {
         "against": against,
         "difference": _scaled(interval.value, metric),
         "ci95": _bounds(interval, metric),
-        "ratio": ratio,
+        "ratio": _number(mean_a / mean_b)
+        if mean_a >= 0 and mean_b > 0
+        else None,  # a margin says nothing where cosines are below 0
         "n": interval.n,
         "minimum_detectable_effect": _scaled(effect, metric),
     }
+
+
+Found = tuple[Interval, float, float, float]
+"""A difference, the smallest one to be detected, and what it is the difference of."""
+
+
+def _of_means(a: Column, people_a: Sequence[str], b: Column, people_b: Sequence[str]) -> Found:
+    pair = (_averaged(a), people_a, _averaged(b), people_b)
+    own, other = person_means(*pair[:2]), person_means(*pair[2:])
+    both = [who for who in own if who in other]
+    mean_a, mean_b = (float(np.mean([means[who] for who in both])) if both else math.nan for means in (own, other))
+    return statistics.paired_difference(*pair), statistics.minimum_detectable_effect(*pair), mean_a, mean_b
+
+
+def _of_statistics(a: Column, people_a: Sequence[str], b: Column, people_b: Sequence[str]) -> Found:
+    rows = np.flatnonzero(~(np.isnan(a.parts).any(axis=0) | np.isnan(b.parts).any(axis=0)))
+    if not len(rows):
+        return Interval(math.nan, math.nan, math.nan, 0), math.nan, math.nan, math.nan
+    of_a, of_b = _statistic(a, people_a, rows), _statistic(b, people_b, rows)
+    people = [people_a[i] for i in rows]
+    draws = resample(people, lambda drawn: of_a(rows[drawn]) - of_b(rows[drawn]))
+    draws = draws[~np.isnan(draws)]
+    interval = percentile_interval(of_a(rows) - of_b(rows), [draws], len(set(people)))
+    error = float(draws.std(ddof=1)) if len(draws) > 1 else math.nan
+    return interval, statistics.detectable(error), of_a(rows), of_b(rows)
 
 
 def _averaged(column: Column) -> FloatArray:

@@ -120,9 +120,10 @@ class Difference(TypedDict):
         difference: User less other, in the metric's unit.
         ci95: Of the difference; it excludes 0 where the two differ.
         ratio: Mean by mean, for margins as the paper gives them (1.34 is 34 % more); None where the divisor is 0,
-            or one of the two is below 0.
+            or one of the two is below 0. Of r-DPC, termination F1 and the turn-count distance: of the numbers themselves.
         n: People with a value on both sides.
-        minimum_detectable_effect: The smallest true difference that so many people show with probability 0.8.
+        minimum_detectable_effect: The smallest true difference that so many people show with probability 0.8; None where
+            nothing varied.
         twin: The same by the held-out scorer, against the same rival.
     """
 

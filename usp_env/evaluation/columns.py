@@ -21,8 +21,10 @@ class Column:
         values: (m,); NaN: no judgement.
         scorer: What found them.
         of: What the card's number is: the mean of `values` over people; the mean over pairs of people, `values` being that over a
-            row's pairs; the ratio of sums of `parts`; or the harmonic mean of the means of `parts`, as in the paper's tables.
-        parts: Of (m,): numerators and denominators, precisions and recalls, or the jackknife's pseudo-values of pairs.
+            row's pairs; the ratio of sums of `parts`; the harmonic mean of the means of `parts`, as in the paper's tables; or the
+            Wasserstein-1 distance of the distributions of `parts`.
+        parts: Of (m,): numerators and denominators, precisions and recalls, the jackknife's pseudo-values of pairs, or simulated
+            and real numbers.
         among: `values` over some of the turns, given as (m, t); None where a row is not made of turns.
         twin: The same by the held-out scorer.
         note: See `usp_env.evaluation.card.Entry`.
@@ -31,7 +33,7 @@ class Column:
 
     values: FloatArray
     scorer: str
-    of: Literal["mean", "pairs", "ratio", "harmonic"] = "mean"
+    of: Literal["mean", "pairs", "ratio", "harmonic", "distance"] = "mean"
     parts: tuple[FloatArray, ...] = ()
     among: Callable[[Mask], FloatArray] | None = None
     twin: Column | None = None

@@ -33,11 +33,19 @@ def people_interval(
         >>> people_interval(["ann", "bob", "cy"], lambda rows: float(np.median(x[rows]))).value
         3.0
     """
+    if not len(people):
+        return Interval(math.nan, math.nan, math.nan, 0)
+    draws = resample(people, statistic, replicates, seed)
+    return percentile_interval(statistic(np.arange(len(people))), [draws], len(set(people)))
+
+
+def resample(
+    people: Sequence[Hashable], statistic: Callable[[Rows], float], replicates: int | None = None, seed: int = 0
+) -> FloatArray:
+    """The replicates behind `people_interval`, of at least one person; their standard deviation is the standard error."""
     by_person: dict[Hashable, list[int]] = {}
     for row, who in enumerate(people):
         by_person.setdefault(who, []).append(row)
-    if not by_person:
-        return Interval(math.nan, math.nan, math.nan, 0)
     counts = np.array([len(rows) for rows in by_person.values()], np.int64)
     table = np.zeros((len(counts), counts.max()), np.int64)
     for i, rows in enumerate(by_person.values()):
@@ -49,7 +57,7 @@ def people_interval(
         picks = (rng.random((len(drawn), table.shape[1])) * counts[drawn, None]).astype(np.int64)
         rows_drawn = table[drawn[:, None], picks][np.arange(table.shape[1]) < counts[drawn, None]]
         draws[k] = statistic(rows_drawn)
-    return percentile_interval(statistic(np.arange(len(people))), [draws], len(counts))
+    return draws
 
 
 def jackknife(points: FloatArray, statistic: Callable[[FloatArray], float], groups: int = GROUPS) -> Interval:

@@ -30,6 +30,7 @@ People = Sequence[Hashable]
 REPLICATES = 2000
 _LEVEL = 0.95
 _BLOCK = 2_000_000  # resampled values held at a time
+_NO_SPREAD = 1e-12
 
 
 class Interval(NamedTuple):
@@ -144,41 +145,6 @@ def paired_difference(
     return percentile_interval(float((pair[0].means - pair[1].means).mean()), draws, len(pair[0].people))
 
 
-def paired_ratio(
-    a: Values, people_a: People, b: Values, people_b: People, *, replicates: int = REPLICATES, seed: int = 0, within: bool = True
-) -> Interval:
-    """Mean over people under a divided by their mean under b, for margins as the paper gives them: 1.34 is 34 % more.
-
-    Args:
-        a: As in `paired_difference`.
-        people_a: As in `paired_difference`.
-        b: As in `paired_difference`.
-        people_b: As in `paired_difference`.
-        replicates: Bootstrap replicates; one whose divisor is 0 is left out.
-        seed: Of the resampling.
-        within: Whether a person's dialogues are resampled too.
-
-    Returns:
-        NaN where the mean of b is 0.
-
-    Raises:
-        SpecError: Other people on one side than on the other, or lengths that differ.
-
-    Example:
-        >>> paired_ratio([2.0, 6.0], ["ann", "bob"], [1.0, 3.0], ["ann", "bob"])
-        Interval(value=2.0, low=2.0, high=2.0, n=2)
-    """
-    pair = _pair(a, people_a, b, people_b)
-    if not pair[0].people:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    draws = [
-        _divide(left[..., 0].mean(axis=1), right[..., 0].mean(axis=1))
-        for left, right in _resampled_means(pair, replicates, seed, within)
-    ]
-    value = _divide(pair[0].means.mean(axis=0), pair[1].means.mean(axis=0))
-    return percentile_interval(float(value[0]), draws, len(pair[0].people))
-
-
 def ratio_interval(
     numerators: Values, denominators: Values, people: People, *, replicates: int = REPLICATES, seed: int = 0, within: bool = True
 ) -> Interval:
@@ -232,7 +198,7 @@ def minimum_detectable_effect(
         alpha: Probability to find a difference that is not there.
 
     Returns:
-        In the unit of the values; NaN with fewer than 2 people.
+        In the unit of the values; NaN with fewer than 2 people, and where all people differ by the same (see `detectable`).
 
     Raises:
         SpecError: Other people on one side than on the other, or lengths that differ.
@@ -245,8 +211,20 @@ def minimum_detectable_effect(
     if len(left.people) < 2:
         return math.nan
     spread = float((left.means - right.means).std(ddof=1))
+    return detectable(spread / math.sqrt(len(left.people)), power, alpha)
+
+
+def detectable(error: float, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest true difference that an estimate with this standard error finds with probability `power`, 2.80 errors.
+
+    NaN where the error is 0 (but for rounding): where nothing varies, the data do not tell what could be found.
+
+    Example:
+        >>> round(detectable(1.0), 4), detectable(0.0)
+        (2.8016, nan)
+    """
     normal = NormalDist()
-    return (normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) * spread / math.sqrt(len(left.people))
+    return (normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) * error if error > _NO_SPREAD else math.nan
 
 
 def _table(columns: Sequence[Values], people: People) -> _Table:

@@ -135,6 +135,45 @@ def test_a_margin_over_less_than_nothing_is_not_given() -> None:
     assert (gap["difference"], gap["ratio"]) == (50, None)
 
 
+def test_nor_where_both_are_less_than_nothing() -> None:
+    users = {"a": measured(drift=column(-0.02, -0.02, -0.04, -0.04)), "b": measured(drift=column(-0.01, -0.01, -0.01, -0.01))}
+    gap = differences(users)["a"]["drift"][0]
+    assert (gap["difference"], gap["ratio"]) == (-2, None)  # 3 points a turn against 1: three times as bad, not as good
+
+
+def test_what_never_varies_tells_no_detectable_effect() -> None:
+    users = {name: measured(esr=column(0, 0, 0, 0), sem_sim=column(*values)) for name, values in (
+        ("a", (0.3, 0.3, 0.2, 0.2)), ("b", (0.1, 0.1, 0.0, 0.0)),
+    )}  # fmt: skip
+    for name in ("esr", "sem_sim"):
+        assert differences(users)["a"][name][0]["minimum_detectable_effect"] is None
+
+
+def test_differences_of_harmonic_means() -> None:
+    def user(p: tuple[float, float], r: tuple[float, float]) -> Measurement:
+        parts = (np.array(p), np.array(r))
+        return Measurement(("ann", "bob"), {"r_dpc": column(0, 0, of="harmonic", parts=parts)})
+
+    gap = differences({"a": user((1, 0.5), (0.2, 0.4)), "b": user((0.3, 0.3), (0.3, 0.3))})["a"]["r_dpc"][0]
+    assert gap["difference"] == pytest.approx(100 * (2 * 0.75 * 0.3 / 1.05 - 0.3), abs=1e-3)
+    assert gap["ratio"] == pytest.approx(2 * 0.75 * 0.3 / 1.05 / 0.3, abs=1e-4)
+    # Of ann twice, both, bob twice: 1/3, .42857 and 4/9, a quarter, a half and a quarter of the time.
+    assert gap["ci95"] == pytest.approx([100 * (1 / 3 - 0.3), 100 * (4 / 9 - 0.3)], abs=1e-3)
+    error = math.sqrt(np.average((np.array([1 / 3, 3 / 7, 4 / 9]) - 0.40873) ** 2, weights=[1, 2, 1]))
+    assert gap["minimum_detectable_effect"] == pytest.approx(100 * 2.80158 * error, rel=0.1)
+
+
+def test_differences_of_distances() -> None:
+    def user(*counts: float) -> Measurement:
+        found = shape.turn_counts(np.array([*counts, 9]), np.array([1.0, 5, 1]), np.array([True, True, False]), 10)
+        return Measurement(("ann", "bob", "cy"), {"turn_count_distance": found})
+
+    gap = differences({"a": user(3, 5), "b": user(7, 5)})["a"]["turn_count_distance"][0]
+    # (3, 5) and (7, 5) against (1, 5): 1 and 3. Of ann alone 2 and 6, of bob alone 0 and 0.
+    assert (gap["difference"], gap["ci95"], gap["ratio"], gap["n"]) == (-2, [-4, 0], 0.3333, 2)
+    assert gap["minimum_detectable_effect"] == pytest.approx(2.80158 * math.sqrt(2), rel=0.1)
+
+
 def test_differences_of_f1_resample_both_together() -> None:
     def user(*hits: float) -> Measurement:
         parts = (2 * np.array(hits), 2 * np.array(hits) + 1)
@@ -256,12 +295,14 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
 def test_turn_counts_are_compared_where_the_end_is_known() -> None:
     simulated, real = np.array([3.0, 9, 5, NAN]), np.array([1.0, 1, 5, 2])
     known = np.array([True, False, True, True])
-    found = shape.turn_counts(simulated, real, known, ["a", "b", "c", "d"], 10)
-    assert isinstance(found, Whole)
-    assert (found.value, found.n) == (1.0, 2)  # (3, 5) against (1, 5)
-    assert found.detail == {"simulated_mean": 4.0, "real_mean": 3.0}
-    assert "biased upward" in found.note
-    assert isinstance(shape.turn_counts(simulated, real, known & False, ["a", "b", "c", "d"], 10), Missing)
+    found = shape.turn_counts(simulated, real, known, 10)
+    entry = entries(Measurement(("a", "b", "c", "d"), {"turn_count_distance": found}))["turn_count_distance"]
+    assert (entry["mean"], entry["ci95"], entry["n"]) == (1, [0, 2], 2)  # (3, 5) against (1, 5)
+    assert entry["detail"] == {"simulated_mean": 4.0, "real_mean": 3.0}
+    assert "biased upward" in entry["note"]
+    rows = scores("u", "conversation", Measurement(("a", "b", "c", "d"), {"turn_count_distance": found}))
+    assert [row["turn_count_distance"] for row in rows] == [2, None, 0, None]
+    assert isinstance(shape.turn_counts(simulated, real, known & False, 10), Missing)
 
 
 def test_nobody_is_their_own_neighbour() -> None:
