@@ -33,6 +33,9 @@ CONVERSATION: Mapping[str, tuple[float | None, ...]] = {
 }
 """Table 4; the partner is GPT-4o."""
 
+CLAIMS = {"adv": "the smallest at every percentile"}
+"""Of what is drawn and not printed (Figure 3)."""
+
 POPULATIONS = ("majority", "minority", "virtual", "average")
 ASSISTANTS: Mapping[str, tuple[float, ...]] = {
     "Deepseek-v3": (8.25, 6.13, 7.70, 7.36),

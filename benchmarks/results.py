@@ -22,8 +22,8 @@ from typing import Any
 from benchmarks import paper
 from usp_env.errors import UspError
 from usp_env.evaluation.card import CARD, COST, LEVELS, METRICS, NEIGHBOUR, REAL, Card, Level, read_card
-from usp_env.evaluation.leaderboard import Leaderboard
-from usp_env.evaluation.markdown import COMPARED, cell, marked, signed
+from usp_env.evaluation.leaderboard import Leaderboard, grid
+from usp_env.evaluation.markdown import AGAINST, COMPARED, against, cell, invalid, named, plain, scorers, warning
 from usp_env.report.board import BOARD, read_board
 from usp_env.transcripts import RUN
 
@@ -38,7 +38,7 @@ OWN_METRICS: Mapping[Level, Sequence[str]] = {
     "conversation": ("human_likeness", "turn_count_distance", "adv"),
 }
 """What is shown beside the paper's columns."""
-MARGINS = ("sem_sim", "style_sim", "ava", "r_dpc", "esr")
+MARGINS = ("sem_sim", "style_sim", "ava", "r_dpc", "esr", "turn_count_distance", "adv")
 
 
 def main() -> None:
@@ -150,73 +150,79 @@ def users_part(card: Card, run: Mapping[str, Any]) -> list[str]:
         "",
         *provenance(run),
         f"{people['n']} of {people['of']} people of `{card['bank']}` ({card['split']}), assistant `{card['assistant']}`, at most "
-        f"{card['turns']} user turns, seeds {', '.join(map(str, card['seeds']))}. Cells: mean [95 % interval over people and "
-        "seeds] *the same by the held-out scorer*, which no model is trained by. `real`: the people themselves, similarities "
-        "between their odd and even turns; `real:neighbour`: somebody else with the nearest objective facts.",
+        f"{card['turns']} user turns, seeds {', '.join(map(str, card['seeds']))}. {scorers(card)} Cells: mean [95 % interval "
+        "over people and seeds] n people *the same by the held-out scorer*, which no model is trained by. `real`: the people "
+        "themselves, similarities between their odd and even turns; `real:neighbour`: somebody else with the nearest objective "
+        "facts.",
         "",
     ]
     for level in LEVELS:
         if any(user[level] for user in card["users"].values()):
             lines += level_table(card, level)
-    return lines + margins(card)
+    losses = ["### Invalid", "", *found] if (found := invalid(card)) else []
+    return [*lines, *margins(card), *adv_curves(card), *losses]
 
 
 def level_table(card: Card, level: Level) -> list[str]:
     """Ours, then the paper's."""
     columns, published, table = PUBLISHED[level]
     names = [*columns, *OWN_METRICS[level]]
-    arrows = {True: " ↑", False: " ↓", None: ""}
-    head = [f"{METRICS[name].label}{arrows[METRICS[name].higher_is_better]}" for name in names]
-    warned = {user: " ⚠" if level == "conversation" and marked(card, user) else "" for user in card["users"]}
     rows = [
-        [f"`{user}`{warned[user]}", *(cell(own[level].get(name)) for name in names)]
+        [named(card, user, level), *(cell(own[level].get(name)) for name in names)]
         for user, own in card["users"].items()
         if own[level]
     ]
     blank = ["–"] * len(OWN_METRICS[level])
     rows += [[f"*{name}*", *(f"*{plain(value)}*" for value in values), *blank] for name, values in published.items()]
-    note = ["⚠ more than 2 % of the conversations are invalid.", ""] if any(warned.values()) else []
-    return [f"### {level.capitalize()} level ({table})", "", *grid(["user", *head], rows), "", *note]
+    head = ["user", *(METRICS[name].heading for name in names)]
+    return [f"### {level.capitalize()} level ({table})", "", grid(head, rows), "", *warning(card, level)]
 
 
 def margins(card: Card) -> list[str]:
     """What the first user has over each of the others, beside what the paper claims."""
     simulated = [name for name in card["users"] if name not in (REAL, NEIGHBOUR)]
     found = card["users"][simulated[0]]["differences"].get("conversation", {}) if simulated else {}
-    rows = []
-    for name in MARGINS:
-        for rank, own in enumerate(found.get(name, [])):
-            cells = [f"`{own['against']}`", signed(own), plain(own["minimum_detectable_effect"]), plain(own["ratio"])]
-            rows.append([METRICS[name].label, *cells, claimed(name) if not rank else ""])
+    rows = [
+        [METRICS[name].label, *against(own), claimed(name) if not rank else ""]
+        for name in MARGINS
+        for rank, own in enumerate(found.get(name, []))
+    ]
     if not rows:
         return []
     text = f"`{simulated[0]}` against every rival at the conversation level, the hardest first. {COMPARED}"
-    head = ["metric", "rival", "difference", "detectable", "ratio", "ratio in the paper"]
-    return ["### Margins", "", text, "", *grid(head, rows), ""]
+    return ["### Margins", "", text, "", grid(["metric", "rival", *AGAINST, "ratio in the paper"], rows), ""]
 
 
 def claimed(name: str) -> str:
-    """The paper's margin over its best baseline."""
+    """The paper's margin over its best baseline, or what it says in its place."""
+    if name not in paper.CONVERSATION_METRICS:
+        return f"*{paper.CLAIMS[name]}*" if name in paper.CLAIMS else "–"
     baseline, ratio = paper.margin(name, METRICS[name].higher_is_better is not False)
     return f"*{ratio:.2f} (over {baseline})*"
+
+
+def adv_curves(card: Card) -> list[str]:
+    """The paper's Figure 3 as a table: ADV at every percentile."""
+    details = {user: own["conversation"].get("adv", {}).get("detail", {}) for user, own in card["users"].items()}
+    found = {user: detail for user, detail in details.items() if "curve" in detail}
+    if not found:
+        return []
+    percentiles = next(iter(found.values()))["percentiles"]
+    rows = [[f"{at}", *(plain(detail["curve"][k]) for detail in found.values())] for k, at in enumerate(percentiles)]
+    text = (
+        f"{METRICS['adv'].heading} ({METRICS['adv'].unit}) at percentiles of the conversations. Who is given no profile is "
+        "measured from its second turn on; the difference above is without first turns on both sides."
+    )
+    head = ["percentile", *(named(card, user, "conversation") for user in found)]
+    return ["### ADV by percentile", "", text, "", grid(head, rows), ""]
 
 
 def assistants_part(board: Leaderboard, run: Mapping[str, Any]) -> list[str]:
     """The leaderboard's own page, one heading lower, then Table 7."""
     own = board.markdown().replace("\n## ", "\n### ").removeprefix(f"# {board.protocol}\n")
     rows = [[f"*{name}*", *(f"*{value:.2f}*" for value in values)] for name, values in paper.ASSISTANTS.items()]
-    published = ["### In the paper (Table 7; 1 to 10 by GPT-4o)", "", *grid(["assistant", *paper.POPULATIONS], rows), ""]
+    published = ["### In the paper (Table 7; 1 to 10 by GPT-4o)", "", grid(["assistant", *paper.POPULATIONS], rows), ""]
     return [f"## Assistants: `{board.protocol}`", "", *provenance(run), own.strip("\n"), "", *published]
-
-
-def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
-
-
-def plain(value: float | None) -> str:
-    """A number, or a dash."""
-    return "–" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def entry(mean: float | None, ci: list[float] | None = None, **more: Any) -> dic
 
 
 def user(level: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"spec": "x", "profile": True, "invalid": {}, "utterance": {}, "conversation": level, "differences": {}, **more}
+    row = {"spec": "x", "profile": True, "invalid": {}, "jobs": {}, "utterance": {}, "conversation": level, "differences": {}}
+    return {**row, **more}
 
 
 def write(folder: Path, name: str, content: dict[str, Any]) -> None:
@@ -38,24 +39,32 @@ def write(folder: Path, name: str, content: dict[str, Any]) -> None:
     (folder / name).write_text(json.dumps(content), "utf-8")
 
 
+def against(other: str, difference: float, ratio: float | None) -> dict[str, Any]:
+    ends = [difference - 5, difference + 5]
+    return {"against": other, "difference": difference, "ci95": ends, "ratio": ratio, "n": 4, "minimum_detectable_effect": 7.5}
+
+
 @pytest.fixture
 def users(tmp_path: Path) -> Path:
-    """A card of two users at one level."""
-    difference = {
-        "against": "plain",
-        "difference": 6.0,
-        "ci95": [1.0, 11.0],
-        "ratio": 1.2,
-        "n": 5,
-        "minimum_detectable_effect": 7.5,
+    """A card of three users at one level, of one of them at the other."""
+    curve = {"percentiles": [0, 50, 100], "curve": [0.5, 1.0, None]}
+    mini = {"sem_sim": entry(36.0, [30.0, 42.0], twin=entry(35.0)), "esr": entry(20.0), "adv": entry(1.0, detail=curve)}
+    gaps = {
+        "adv": [against("plain", -1.0, 0.5)],
+        "sem_sim": [against("plain", 6.0, 1.2), against("other", 8.0, None)],
+        "turn_count_distance": [against("other", 0.25, 1.25)],
     }
-    mini = {"sem_sim": entry(36.0, [30.0, 42.0], twin=entry(35.0)), "esr": entry(20.0)}
     card = {
         "users": {
             "mini": user(
-                mini, differences={"conversation": {"sem_sim": [difference]}}, invalid={"conversation": {"infra_failure": 1}}
+                mini,
+                utterance={"sem_sim": entry(10.0)},
+                differences={"conversation": gaps},
+                invalid={"conversation": {"infra_failure": 1}, "utterance": {"user_failure": 2}},
+                jobs={"conversation": 10, "utterance": 100},
             ),
             "plain": user({"sem_sim": entry(30.0), "esr": entry(None, reason="none")}),
+            "other": user({"sem_sim": entry(28.0), "adv": entry(2.0, detail={**curve, "curve": [1.0, 2.0, 3.0]})}),
             "real": user({"sem_sim": entry(60.0)}),
         },
         "bank": "b",
@@ -64,6 +73,7 @@ def users(tmp_path: Path) -> Path:
         "assistant": "echo",
         "seeds": [0, 1],
         "turns": 4,
+        "scorers": {"embed": ["minilm", None], "human": ["human-v1", "human-v1-twin"]},
     }
     write(tmp_path / "users", "card.json", card)
     return tmp_path
@@ -71,17 +81,49 @@ def users(tmp_path: Path) -> Path:
 
 def test_users_stand_beside_the_papers(users: Path) -> None:
     page = results.page(users)
-    assert "| `mini` ⚠ | 20.00 | 36.00 [30.00, 42.00] *35.00* | – |" in page
-    assert "| `plain` | – | 30.00 | – |" in page
+    assert "| `mini` ⚠ | 20.00 n 5 | 36.00 [30.00, 42.00] n 5 *35.00* | – |" in page
+    assert "| `plain` | – | 30.00 n 5 | – |" in page
     assert (
         "| *USP* | *10.00* | *65.39* | *46.23* | *38.77* | *56.24* | *74.38* | *64.05* | *44.08* | *3.35* | – | – | – |" in page
     )
-    assert "| Sem-Sim | `plain` | +6.00 [+1.00, +11.00] | 7.50 | 1.20 | *1.34 (over DialogueGPT(4o))* |" in page
-    assert "### Utterance level" not in page
     assert "5 of 9 people of `b` (test)" in page
-    assert "seeds 0, 1" in page
+    assert "seeds 0, 1. Scorers: embed `minilm`, human `human-v1` (held out: `human-v1-twin`)." in page
     assert "`usp-env evaluate --user 'roleplay:a b' --out runs/x`" in page  # what anybody can give again
     assert "Commit 0123456; usp-env 0.1.0; x86_64.\nWeights: `usp:mini` ffffffffffff." in page
+
+
+def test_the_first_user_stands_against_every_rival(users: Path) -> None:
+    page = results.page(users)
+    rows = [
+        "| metric | rival | difference | detectable | ratio | n | ratio in the paper |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| Sem-Sim | `plain` | +6.00 [+1.00, +11.00] | 7.50 | 1.20 | 4 | *1.34 (over DialogueGPT(4o))* |",
+        "| Sem-Sim | `other` | +8.00 [+3.00, +13.00] | 7.50 | – | 4 |  |",
+        "| Turn-count distance | `other` | +0.25 [-4.75, +5.25] | 7.50 | 1.25 | 4 | – |",
+        "| ADV | `plain` | -1.00 [-6.00, +4.00] | 7.50 | 0.50 | 4 | *the smallest at every percentile* |",
+    ]
+    assert "\n".join(rows) in page
+    assert "both sides are without their first turns" in page
+
+
+def test_adv_at_every_percentile(users: Path) -> None:
+    rows = (
+        "| percentile | `mini` ⚠ | `other` |\n| --- | --- | --- |\n| 0 | 0.50 | 1.00 |\n| 50 | 1.00 | 2.00 |\n| 100 | – | 3.00 |"
+    )
+    assert rows in results.page(users)
+
+
+def test_losses_are_marked_at_their_level(users: Path) -> None:
+    page = results.page(users)
+    assert "- `mini`, infra_failure 1 of 10 conversations\n- `mini`, user_failure 2 of 100 turns\n" in page
+    assert "| `mini` | 10.00 n 5 |" in page  # 2 of 100 turns are no more than 2 %
+    assert "⚠ more than 2% of the turns are invalid." not in page
+    card = json.loads((users / "users" / "card.json").read_text("utf-8"))
+    card["users"]["mini"]["invalid"]["utterance"]["user_failure"] = 3
+    write(users / "users", "card.json", card)
+    page = results.page(users)
+    assert "| `mini` ⚠ | 10.00 n 5 |" in page
+    assert "⚠ more than 2% of the turns are invalid." in page
 
 
 def test_the_leaderboard_keeps_its_tables(tmp_path: Path) -> None:

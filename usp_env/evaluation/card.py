@@ -41,6 +41,16 @@ class Metric(NamedTuple):
     higher_is_better: bool | None
     scale: float
 
+    @property
+    def arrow(self) -> str:
+        """Which way is better."""
+        return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
+
+    @property
+    def heading(self) -> str:
+        """Label and arrow."""
+        return f"{self.label} {self.arrow}".strip()
+
 
 METRICS: Mapping[str, Metric] = {
     "sem_sim": Metric("Sem-Sim", "cosine x 100", True, 100),
@@ -143,6 +153,7 @@ class UserCard(TypedDict):
         spec: Resolved; `REAL` and `NEIGHBOUR` for the rows of real people.
         profile: Whether it was given one. Without one, its first turn in a conversation was the person's own.
         invalid: Level to outcome to how many generations or episodes gave nothing to measure.
+        jobs: Level to how many generations or episodes there were to make.
         utterance: Metric to entry; empty where the level was not asked for.
         conversation: See `utterance`.
         differences: Level to metric to a difference for each rival, the hardest first: the one by whom the user stands worst.
@@ -152,6 +163,7 @@ class UserCard(TypedDict):
     spec: str
     profile: bool
     invalid: dict[str, dict[str, int]]
+    jobs: dict[str, int]
     utterance: dict[str, Entry]
     conversation: dict[str, Entry]
     differences: dict[str, dict[str, list[Difference]]]

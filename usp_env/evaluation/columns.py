@@ -82,6 +82,7 @@ class Measurement:
         people: Whose dialogue each row is, (m,): people times seeds.
         metrics: Name to what was found.
         invalid: Outcome to how many generations or episodes gave nothing to measure.
+        jobs: How many generations or episodes there were to make.
         rows: Also of each row, for `scores.jsonl`.
         compared: Which turns of each row a difference may rest on, (m, t), t the same for every user; None where users do not
             answer the same contexts.
@@ -92,6 +93,7 @@ class Measurement:
     people: tuple[str, ...]
     metrics: Mapping[str, Measured]
     invalid: Mapping[str, int] = field(default_factory=dict)
+    jobs: int = 0
     rows: Sequence[Mapping[str, Any]] = ()
     compared: Mask | None = None
     later: Measurement | None = None

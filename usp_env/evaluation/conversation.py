@@ -189,7 +189,7 @@ def measure(rows: Sequence[Talk], given: bool, turns: int, scorers: Scorers) -> 
     outcomes = Counter(row.outcome for row in rows)
     facts: list[dict[str, Any]] = [{"seed": row.seed, "end_reason": row.end_reason, "outcome": row.outcome} for row in rows]
     invalid = {outcome: n for outcome, n in sorted(outcomes.items()) if outcome != "completed"}
-    return Measurement(tuple(who.id for who in people), metrics, invalid, facts)
+    return Measurement(tuple(who.id for who in people), metrics, invalid, len(rows), facts)
 
 
 def _recall(

@@ -254,7 +254,7 @@ def _table(board: Leaderboard) -> str:
         for row in board.rows
     ]
     note = f"\n\n⚠ more than {MOST_INVALID:.0%} of the episodes are invalid." if any(row.marked for row in board.rows) else ""
-    return _grid(head, rows) + note
+    return grid(head, rows) + note
 
 
 def _curves(board: Leaderboard) -> str:
@@ -268,7 +268,7 @@ def _curves(board: Leaderboard) -> str:
     if not rows:
         return ""
     score = board.curve_score
-    return f"## By turn\n\n{score.name} by {score.scorer} ({score.unit}).\n\n" + _grid(
+    return f"## By turn\n\n{score.name} by {score.scorer} ({score.unit}).\n\n" + grid(
         ["assistant", "users", *map(str, turns)], rows
     )
 
@@ -288,7 +288,7 @@ def _pairs(board: Leaderboard) -> str:
     ]
     if not rows:
         return ""
-    return "## Differences on the same episodes\n\n" + _grid(["", *populations, "average", *twin, "win/tie/loss"], rows)
+    return "## Differences on the same episodes\n\n" + grid(["", *populations, "average", *twin, "win/tie/loss"], rows)
 
 
 def _foot(board: Leaderboard) -> str:
@@ -303,7 +303,15 @@ def _foot(board: Leaderboard) -> str:
     return "\n".join(lines)
 
 
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table.
+
+    Example:
+        >>> print(grid(["user", "ESR"], [["a", "10.0"]]))
+        | user | ESR |
+        | --- | --- |
+        | a | 10.0 |
+    """
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

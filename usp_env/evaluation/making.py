@@ -37,6 +37,7 @@ def make_card(
             "spec": known[name].speaker.spec if name in known else name,
             "profile": known[name].given if name in known else True,
             "invalid": {level: dict(own.invalid) for level, own in levels.items() if name in known},
+            "jobs": {level: own.jobs for level, own in levels.items() if name in known},
             "utterance": cards[name].get("utterance", {}),
             "conversation": cards[name].get("conversation", {}),
             "differences": {level: own for level, own in gaps[name].items() if own},

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from usp_env.evaluation.assemble import COVERED
-from usp_env.evaluation.card import LEVELS, METRICS, NEIGHBOUR, REAL, Card, Difference, Entry
-from usp_env.evaluation.leaderboard import MOST_INVALID
+from usp_env.evaluation.card import LEVELS, METRICS, Card, Difference, Entry
+from usp_env.evaluation.leaderboard import MOST_INVALID, grid
 
 HEADLINE = (
     "sem_sim",
@@ -20,9 +20,13 @@ HEADLINE = (
     "human_likeness",
     "termination_f1",
     "esr",
+    "turn_count_distance",
     "adv",
 )
 """Metrics whose differences are shown; the card has the others'."""
+AGAINST = ("difference", "detectable", "ratio", "n")
+JOBS = {"utterance": "turns", "conversation": "conversations"}
+"""What may be invalid at a level."""
 COMPARED = (
     f"Differences are on the same people, in the metric's unit, user less rival; a rival has values for at least {COVERED:.0%} "
     "of the user's people, and the hardest rival is the one by whom the user stands worst. Utterance level: over the turns that "
@@ -42,19 +46,38 @@ def markdown(card: Card, cost: Mapping[str, Any]) -> str:
         "",
         f"{people['n']} of {people['of']} people of `{card['bank']}` ({card['split']}); assistant `{card['assistant']}`, at most "
         f"{card['turns']} user turns; seeds {', '.join(map(str, card['seeds']))}; protocol `{card['protocol']}`.",
-        "Cells: mean [95 % interval over people and seeds], *the same by the held-out scorer*. Shares and cosines are in 0-100; "
-        "↑ higher is better, ↓ lower is; the others are to be read beside real people. `real`: similarities are between a "
+        scorers(card),
+        "Cells: mean [95 % interval over people and seeds] n people *the same by the held-out scorer*. Shares and cosines are in "
+        "0-100; ↑ higher is better, ↓ lower is; the others are to be read beside real people. `real`: similarities are between a "
         "person's odd and even turns; `real:neighbour`: somebody else with the nearest objective facts. – is not measured.",
         "",
     ]
     body = [line for level in LEVELS for line in _level(card, level)]
-    return "\n".join([*head, *body, *_differences(card), *_reasons(card), *_invalid(card), *_cost(cost)]) + "\n"
+    losses = ["## Invalid", "", *found] if (found := invalid(card)) else []
+    return "\n".join([*head, *body, *_differences(card), *_reasons(card), *losses, *_cost(cost)]) + "\n"
 
 
-def marked(card: Card, user: str) -> bool:
-    """Whether so many of a user's conversations are invalid that its numbers are about the others alone, as on a leaderboard."""
-    lost = sum(card["users"][user]["invalid"].get("conversation", {}).values())
-    return user not in (REAL, NEIGHBOUR) and lost > MOST_INVALID * card["people"]["n"] * len(card["seeds"])
+def marked(card: Card, user: str, level: str) -> bool:
+    """Whether so much of a user's is invalid at a level that its numbers are about the rest alone, as on a leaderboard."""
+    row = card["users"][user]
+    return sum(row["invalid"].get(level, {}).values()) > MOST_INVALID * row["jobs"].get(level, 0)
+
+
+def named(card: Card, user: str, level: str) -> str:
+    """A user in a table of a level."""
+    return f"`{user}`" + (" ⚠" if marked(card, user, level) else "")
+
+
+def warning(card: Card, level: str) -> list[str]:
+    """What stands below such a table."""
+    found = any(marked(card, user, level) for user in card["users"])
+    return [f"⚠ more than {MOST_INVALID:.0%} of the {JOBS[level]} are invalid.", ""] if found else []
+
+
+def scorers(card: Card) -> str:
+    """Who measured, as a sentence."""
+    told = [f"{part} `{own}`" + (f" (held out: `{twin}`)" if twin else "") for part, (own, twin) in card["scorers"].items()]
+    return f"Scorers: {', '.join(told)}."
 
 
 def _level(card: Card, level: str) -> list[str]:
@@ -62,31 +85,30 @@ def _level(card: Card, level: str) -> list[str]:
     if not rows:
         return []
     names = [name for name in METRICS if any(name in row and row[name]["mean"] is not None for row in rows.values())]
-    warned = {user: " ⚠" if level == "conversation" and marked(card, user) else "" for user in rows}
-    table = [f"| metric | {' | '.join(f'`{user}`{warned[user]}' for user in rows)} |", "|---" * (len(rows) + 1) + "|"]
-    for name in names:
-        metric = METRICS[name]
-        arrow = {True: " ↑", False: " ↓", None: ""}[metric.higher_is_better]
-        unit = f" ({metric.unit})" if metric.unit else ""
-        table.append(f"| {metric.label}{arrow}{unit} | {' | '.join(cell(row.get(name)) for row in rows.values())} |")
-    note = [f"⚠ more than {MOST_INVALID:.0%} of the conversations are invalid.", ""] if any(warned.values()) else []
-    return [f"## {level.capitalize()} level", "", *table, "", *note]
+    units = {name: f" ({METRICS[name].unit})" if METRICS[name].unit else "" for name in names}
+    table = [[METRICS[name].heading + units[name], *(cell(row.get(name)) for row in rows.values())] for name in names]
+    head = ["metric", *(named(card, user, level) for user in rows)]
+    return [f"## {level.capitalize()} level", "", grid(head, table), "", *warning(card, level)]
 
 
 def cell(entry: Entry | None) -> str:
-    """A mean with its interval, and the same by the held-out scorer; a dash where nothing was measured."""
+    """A mean with its interval and people, and the same by the held-out scorer; a dash where nothing was measured."""
     if entry is None or entry["mean"] is None:
         return "–"
-    text = f"{entry['mean']:.2f}"
-    if entry["ci95"]:
-        text += " [{:.2f}, {:.2f}]".format(*entry["ci95"])
+    text = f"{_estimate(entry)} n {entry['n']}"
     detail = entry.get("detail", {})
     if detail.get("alarm"):
         text += " **collapsed**"
     if detail.get("ended"):
         text += f" (ended at {detail['ended']} of {detail['turns'] + detail['ended']} turns)"
     twin = entry.get("twin")
-    return text if twin is None else f"{text} *{cell(twin)}*"
+    return text if twin is None else f"{text} *{_estimate(twin)}*"
+
+
+def _estimate(entry: Entry) -> str:
+    if entry["mean"] is None:
+        return "–"
+    return f"{entry['mean']:.2f}" + (" [{:.2f}, {:.2f}]".format(*entry["ci95"]) if entry["ci95"] else "")
 
 
 def _differences(card: Card) -> list[str]:
@@ -96,12 +118,17 @@ def _differences(card: Card) -> list[str]:
             for name, (found, *_) in facts["differences"].get(level, {}).items():
                 if name not in HEADLINE:
                     continue
-                cells = (level, METRICS[name].label, f"`{user}`", f"`{found['against']}`", signed(found), _plain(found["ratio"]))
-                lines.append(f"| {' | '.join(cells)} | {_plain(found['minimum_detectable_effect'])} | {found['n']} |")
+                lines.append([level, METRICS[name].label, f"`{user}`", *against(found)])
     if not lines:
         return []
-    head = "| level | metric | user | hardest rival | difference | ratio | detectable | n |"
-    return ["## Differences to other users", "", COMPARED, "", head, "|---" * 8 + "|", *lines, ""]
+    head = ["level", "metric", "user", "hardest rival", *AGAINST]
+    return ["## Differences to other users", "", COMPARED, "", grid(head, lines), ""]
+
+
+def against(found: Difference) -> list[str]:
+    """The rival, then the columns of `AGAINST`."""
+    numbers = (found["minimum_detectable_effect"], found["ratio"])
+    return [f"`{found['against']}`", signed(found), *map(plain, numbers), str(found["n"])]
 
 
 def signed(found: Difference) -> str:
@@ -115,7 +142,8 @@ def signed(found: Difference) -> str:
     return text if twin is None else f"{text} *{signed(twin)}*"
 
 
-def _plain(value: float | None) -> str:
+def plain(value: float | None) -> str:
+    """A number, or a dash."""
     return "–" if value is None else f"{value:.2f}"
 
 
@@ -130,27 +158,26 @@ def _reasons(card: Card) -> list[str]:
     return ["## Not measured", "", *lines, ""] if lines else []
 
 
-def _invalid(card: Card) -> list[str]:
+def invalid(card: Card) -> list[str]:
+    """What gave nothing to measure, by user and level."""
     lines = [
-        f"- `{user}`, {level} level: {', '.join(f'{outcome} {n}' for outcome, n in counts.items())}"
+        f"- `{user}`, {', '.join(f'{outcome} {n}' for outcome, n in counts.items())} of {facts['jobs'][level]} {JOBS[level]}"
         for user, facts in card["users"].items()
         for level, counts in facts["invalid"].items()
         if counts
     ]
-    return ["## Invalid", "", *lines, ""] if lines else []
+    return [*lines, ""] if lines else []
 
 
 def _cost(cost: Mapping[str, Any]) -> list[str]:
-    head = "| user | level | speaker | replies | tokens read | tokens written | seconds | US$ |"
+    head = ("user", "level", "speaker", "replies", "tokens read", "tokens written", "seconds", "US$")
     lines = []
     for user, levels in cost.get("users", {}).items():
         for level, accounts in levels.items():
             for role, account in accounts.items():
                 usd, read, written = (account.get(key) for key in ("usd", "prompt_tokens", "completion_tokens"))
                 cells = (f"`{user}`", level, role, account["replies"], read or 0, written or 0, f"{account['seconds']:.1f}")
-                lines.append(f"| {' | '.join(map(str, cells))} | {'–' if usd is None else f'{usd:.4f}'} |")
-    return (
-        ["## Cost", "", head, "|---" * 8 + "|", *lines, "", f"Scoring took {cost.get('scoring_seconds', 0.0):.1f} s."]
-        if lines
-        else []
-    )
+                lines.append([*map(str, cells), "–" if usd is None else f"{usd:.4f}"])
+    if not lines:
+        return []
+    return ["## Cost", "", grid(head, lines), "", f"Scoring took {cost.get('scoring_seconds', 0.0):.1f} s."]

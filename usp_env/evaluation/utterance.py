@@ -61,7 +61,7 @@ def measure(todo: Sequence[Job], spoken: Sequence[Spoken], given: bool, scorers:
     outcomes = Counter(answers[job.key].outcome for group in groups for job in group)
     invalid = {outcome: n for outcome, n in sorted(outcomes.items()) if outcome not in (SAID, ENDED)}
     facts: list[dict[str, Any]] = [{"seed": group[0].seed, "turns": n} for group, n in zip(groups, lengths, strict=True)]
-    return Measurement(ids, metrics, invalid, facts, _compared(turns, answers, given))
+    return Measurement(ids, metrics, invalid, len(todo), facts, _compared(turns, answers, given))
 
 
 def _compared(turns: Sequence[Sequence[Job]], answers: Mapping[tuple[str, int, int], Spoken], given: bool) -> Mask:

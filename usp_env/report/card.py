@@ -15,7 +15,7 @@ from usp_env.errors import UspError
 from usp_env.evaluation.assemble import COVERED
 from usp_env.evaluation.card import CARD, COST, LEVELS, METRICS, NEIGHBOUR, REAL, Card, Difference, Entry, Metric, read_card
 from usp_env.evaluation.leaderboard import MOST_INVALID
-from usp_env.evaluation.markdown import COMPARED, HEADLINE, marked
+from usp_env.evaluation.markdown import COMPARED, HEADLINE, JOBS, marked
 from usp_env.evaluation.run import SCORES, USERS
 from usp_env.files import read_text
 from usp_env.report.card_plots import adv_chart, drift_charts, turn_chart
@@ -23,7 +23,6 @@ from usp_env.report.facts import fixed, interval
 from usp_env.report.html import fill, place, read_run, run_facts
 from usp_env.report.plots import style
 
-ARROWS = {True: "↑", False: "↓", None: ""}
 EXTRA = {
     "simulated_mean": "mean",
     "real_mean": "real mean",
@@ -176,7 +175,8 @@ def render_card(
         users=users,
         specs={user: card["users"][user]["spec"] for user in users},
         compared=COMPARED,
-        warned=[user for user in users if marked(card, user)],
+        warned={level: [user for user in users if marked(card, user, level)] for level in LEVELS},
+        jobs=JOBS,
         most=f"{MOST_INVALID:.0%}".replace("%", " %"),
         given={user: card["users"][user]["profile"] for user in users},
         levels=[(level, list(table_users(card, level)), lines(card, level)) for level in LEVELS],
@@ -209,7 +209,7 @@ def _line(card: Card, level: str, name: str, rows: Mapping[str, Mapping[str, Ent
     best = best_user(card, level, name)
     cells = [_cell(user, found.get(user), user == best) for user in rows]
     scorer = " · ".join(dict.fromkeys(_scorer(entry) for entry in found.values() if entry["scorer"]))
-    return Line(metric.label, ARROWS[metric.higher_is_better], metric.unit, scorer, _notes(found), cells, _nobody(cells))
+    return Line(metric.label, metric.arrow, metric.unit, scorer, _notes(found), cells, _nobody(cells))
 
 
 def _nobody(cells: Sequence[Cell]) -> str:
@@ -297,7 +297,7 @@ def _gap(name: str, user: str, found: Difference, hardest: bool) -> Gap:
     metric, twin = METRICS[name], found.get("twin")
     told = "" if twin is None else f"{fixed(twin['difference'], sign='+')} {interval(twin['ci95'], sign='+')}".strip()
     return Gap(
-        f"{metric.label} {ARROWS[metric.higher_is_better]}".strip(),
+        metric.heading,
         user,
         found["against"],
         fixed(found["difference"], sign="+"),

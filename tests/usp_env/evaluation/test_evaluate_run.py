@@ -155,6 +155,7 @@ def test_the_card_keeps_to_its_form(finished) -> None:
                     assert entry["unit"] == METRICS[name].unit
                     assert entry["ci95"] is None or entry["ci95"][0] <= entry["mean"] <= entry["ci95"][1]
     text = (folder / "card.md").read_text("utf-8")
+    assert "Scorers: embed `words`, style `length`, human `short` (held out: `short-twin`), facts `shared`" in text
     for line in ("## Utterance level", "## Conversation level", "## Not measured", "## Cost", "`real:neighbour`"):
         assert line in text
     rows = [json.loads(line) for line in (folder / SCORES).read_text("utf-8").split("\n") if line]
@@ -190,7 +191,7 @@ def test_ending_where_it_is_hard_wins_nothing(tmp_path: Path) -> None:
     for user, turns, ended in (("brave", 8, 0), ("quits", 4, 4)):
         detail = card["users"][user]["utterance"]["sem_sim"]["detail"]
         assert (detail["turns"], detail["ended"]) == (turns, ended)
-    assert "100.00 [100.00, 100.00] (ended at 4 of 8 turns)" in (tmp_path / "card.md").read_text("utf-8")
+    assert "100.00 [100.00, 100.00] n 4 (ended at 4 of 8 turns)" in (tmp_path / "card.md").read_text("utf-8")
 
 
 def test_openings_do_not_count_against_who_is_given_nothing(tmp_path: Path) -> None:
@@ -340,8 +341,11 @@ def test_failures_of_some_leave_the_others_measured(tmp_path: Path) -> None:
         assert mean(card, "half", level, "sem_sim") == 100
         assert card["users"]["half"]["differences"][level]["sem_sim"][0]["n"] == 3
     text = (tmp_path / "card.md").read_text("utf-8")
-    assert "`half` ⚠ | `replay` |" in text  # 1 of 4 conversations
-    assert "⚠ more than 2% of the conversations are invalid." in text
+    assert card["users"]["half"]["jobs"] == {"utterance": 11, "conversation": 4}
+    assert text.count("`half` ⚠ | `replay` |") == 2  # 3 of 11 turns, 1 of 4 conversations
+    for lost in ("turns", "conversations"):
+        assert f"⚠ more than 2% of the {lost} are invalid." in text
+    assert "- `half`, user_failure 3 of 11 turns\n- `half`, user_failure 1 of 4 conversations" in text
 
 
 def test_what_the_assistant_spoils_is_not_the_users(tmp_path: Path) -> None:

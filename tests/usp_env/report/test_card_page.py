@@ -70,7 +70,8 @@ def make_card(first: str = "a", second: str = "b") -> dict[str, Any]:
             "spec": user + "?x=1",
             "profile": user != second,
             "invalid": {level: {"infra_failure": 2} if user == first else {} for level in LEVELS} if user in means else {},
-            "utterance": {},
+            "jobs": dict.fromkeys(LEVELS, 18) if user in means else {},
+            "utterance": {"sem_sim": metrics["sem_sim"]},
             "conversation": metrics,
             "differences": {"conversation": gaps[user]} if user in gaps else {},
         }
@@ -136,11 +137,17 @@ def test_few_people_are_no_best() -> None:
     assert not any(cell.best for cell in line(card, "Sem-Sim").cells)
 
 
-def test_users_with_many_invalid_conversations_are_marked() -> None:
+def test_users_with_many_losses_are_marked_at_their_level() -> None:
     card = make_card()
-    warning = "⚠ more than 2 % of the conversations are invalid: a. "
-    assert warning in " ".join(Page(page.render_card(card)).text.split())  # 2 of 9 people x 2 seeds
-    card["people"]["n"] = 50
+    del card["users"]["b"]["invalid"]["utterance"]
+    told = " ".join(Page(page.render_card(card)).text.split())
+    for lost in ("turns", "conversations"):
+        assert f"⚠ more than 2 % of the {lost} are invalid: a. " in told  # 2 of 18
+    card["users"]["a"]["jobs"] = {"utterance": 99, "conversation": 100}  # 2 of 99 are more than 2 %
+    text = page.render_card(card)
+    assert ("of the turns are invalid: " in text, "of the conversations are invalid: " in text) == (True, False)
+    assert text.count("⚠ invalid") == 1
+    card["users"]["a"]["jobs"]["utterance"] = 100
     assert "⚠" not in page.render_card(card)
 
 
