@@ -128,27 +128,35 @@ def facts(folder: Path) -> Mapping[str, Any]:
     return read
 
 
-def provenance(run: Mapping[str, Any]) -> Iterator[str]:
-    """How to run it again, and what was run."""
-    words = [word for word in run["command"] if word != "--resume"]
+def provenance(run: Mapping[str, Any], weights: Mapping[str, str | None]) -> Iterator[str]:
+    """How to run it again, and what was run: as it was last, and every commit that had a part in it.
+
+    Args:
+        run: `run.json`.
+        weights: Model to digest.
+    """
+    runs = [run, *run.get("resumed", [])]
+    words = [word for word in runs[-1]["command"] if word != "--resume"]
     yield f"`{shlex.join(words)}`"
     yield ""
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    yield f"Commit {str(run['commit'])[:7]}; {versions}; {', '.join(run['hardware'].values())}."
-    models = run.get("provenance", {}).get("models", {})
-    weights = [f"`{spec}` {found['weights'][:12]}" for spec, found in models.items() if found.get("weights")]
-    if weights:
-        yield f"Weights: {', '.join(weights)}."
+    commits = list(dict.fromkeys(str(one["commit"])[:7] for one in runs))
+    versions = ", ".join(f"{name} {version}" for name, version in runs[-1]["versions"].items())
+    told = f"Commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+    yield f"{told}; {versions}; {', '.join(runs[-1]['hardware'].values())}."
+    digests = [f"`{name}` {'+'.join(part[:12] for part in found.split('+'))}" for name, found in weights.items() if found]
+    if digests:
+        yield f"Weights: {', '.join(digests)}."
     yield ""
 
 
 def users_part(card: Card, run: Mapping[str, Any]) -> list[str]:
     """Both levels beside the paper's tables, and the margins."""
     people = card["people"]
+    weights = {spec: found.get("weights") for spec, found in run["provenance"]["models"].items()}
     lines = [
         "## Simulated users",
         "",
-        *provenance(run),
+        *provenance(run, weights),
         f"{people['n']} of {people['of']} people of `{card['bank']}` ({card['split']}), assistant `{card['assistant']}`, at most "
         f"{card['turns']} user turns, seeds {', '.join(map(str, card['seeds']))}. {scorers(card)} Cells: mean [95 % interval "
         "over people and seeds] n people *the same by the held-out scorer*, which no model is trained by. `real`: the people "
@@ -222,7 +230,8 @@ def assistants_part(board: Leaderboard, run: Mapping[str, Any]) -> list[str]:
     own = board.markdown().replace("\n## ", "\n### ").removeprefix(f"# {board.protocol}\n")
     rows = [[f"*{name}*", *(f"*{value:.2f}*" for value in values)] for name, values in paper.ASSISTANTS.items()]
     published = ["### In the paper (Table 7; 1 to 10 by GPT-4o)", "", grid(["assistant", *paper.POPULATIONS], rows), ""]
-    return [f"## Assistants: `{board.protocol}`", "", *provenance(run), own.strip("\n"), "", *published]
+    weights = {board.settings["user"]: board.settings["user_weights"]} | {row.assistant: row.weights for row in board.rows}
+    return [f"## Assistants: `{board.protocol}`", "", *provenance(run, weights), own.strip("\n"), "", *published]
 
 
 if __name__ == "__main__":

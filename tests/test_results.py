@@ -126,16 +126,37 @@ def test_losses_are_marked_at_their_level(users: Path) -> None:
     assert "⚠ more than 2% of the turns are invalid." in page
 
 
+def test_what_was_resumed_tells_its_last_command_and_every_commit(users: Path) -> None:
+    def again(commit: str, version: str) -> dict[str, Any]:
+        command = ["usp-env", "evaluate", "--user", commit, "--resume"]
+        return {"command": command, "commit": commit * 10, "versions": {"usp-env": version}, "hardware": {"machine": "arm64"}}
+
+    run = RUN | {"resumed": [again("abcd", "0.2.0"), again("abcd", "0.2.1")]}
+    (users / "users" / "run.json").write_text(json.dumps(run), "utf-8")
+    page = results.page(users)
+    assert "\n`usp-env evaluate --user abcd`\n\nCommits 0123456, abcdabc; usp-env 0.2.1; arm64.\n" in page
+
+
 def test_the_leaderboard_keeps_its_tables(tmp_path: Path) -> None:
     at = Estimate(50.0, (40.0, 60.0), 4)
-    row = Row(1, "echo", "echo", at, {"majority": at}, {}, {"majority": [at]}, Estimate(1000.0, None, 4), 4, {}, False, {})
+    elo = Estimate(1000.0, None, 4)
+    row = Row(1, "echo", "echo", at, {"majority": at}, {}, {"majority": [at]}, elo, 4, {}, False, {}, weights="e" * 64)
     score = Score("goal", "answer-v1", "%")
-    settings = {"user": "usp-mini", "turns": 1, "bank": "b", "split": "test", "n": 4, "seeds": [0]}
+    settings = {
+        "user": "usp-mini",
+        "user_weights": f"{'a' * 64}+{'b' * 64}",
+        "turns": 1,
+        "bank": "b",
+        "split": "test",
+        "n": 4,
+        "seeds": [0],
+    }
     board = Leaderboard("usp-bench-1", [], settings, {"majority": ["a"]}, {}, score, score, [row], [])
     write(tmp_path / "assistants", "leaderboard.json", asdict(board))
     page = results.page(tmp_path)
     assert "## Assistants: `usp-bench-1`\n" in page
     assert "\n# usp-bench-1" not in page
+    assert "Weights: `usp-mini` aaaaaaaaaaaa+bbbbbbbbbbbb, `echo` eeeeeeeeeeee." in page
     assert "| 1 | echo | 50.0 [40.0, 60.0] | 50.0 [40.0, 60.0] | 1000 | 0/4 |" in page
     assert "\n### By turn\n" in page
     assert "| *GPT-4o* | *7.86* | *6.65* | *7.19* | *7.23* |" in page

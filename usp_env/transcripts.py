@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from usp_env.dialogue import Dialogue
 from usp_env.episode import Episode
 from usp_env.errors import RunDirectoryError, TranscriptError
-from usp_env.files import decode, locked
+from usp_env.files import decode, locked, write_whole
 from usp_env.ledger import FILE as LEDGER
 from usp_env.ledger import Ledger
 
@@ -266,6 +266,9 @@ class RunDirectory:
         if resume and (self.path / RUN).is_file():
             self._check_same(resolved, origin)
             self._mend()
+            with open(self.file, "ab") as stream:  # of several writers one at a time
+                locked(stream)
+                note_resumed(self.path)
             known = read_transcripts(self.path) if self.file.is_file() else []
             self.finished = {t.episode_id for t in known if t.outcome != "infra_failure"}
             self.ledger = Ledger(self.path)
@@ -274,8 +277,7 @@ class RunDirectory:
             (self.path / LEDGER).unlink(missing_ok=True)
             self.ledger = Ledger(self.path)
             text = json.dumps(describe(resolved) | {"provenance": origin}, indent=1, ensure_ascii=False)
-            (self.path / f"{RUN}.new").write_text(text + "\n", "utf-8")
-            (self.path / f"{RUN}.new").replace(self.path / RUN)
+            write_whole(self.path / RUN, text + "\n")
 
     @property
     def file(self) -> Path:
@@ -408,6 +410,14 @@ def describe(config: Any) -> dict[str, Any]:
         "versions": versions(),
         "hardware": {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()},
     }
+
+
+def note_resumed(folder: Path) -> None:
+    """Add to `resumed` of `run.json` who goes on with the run: command, commit, versions, hardware."""
+    run = _read_run(folder)
+    now = {key: value for key, value in describe(None).items() if key != "config"}
+    again = run | {"resumed": [*run.get("resumed", []), now]}
+    write_whole(folder / RUN, json.dumps(again, indent=1, ensure_ascii=False) + "\n")
 
 
 def _commit() -> str | None:

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -151,6 +152,25 @@ def test_run_directory_round_trip(sampler: object, tmp_path: object) -> None:
     stage.reward = make_reward(Scored(), "assistant")
     assert stage.provenance()["reward"] == {"scored": {"weights": "v7"}}
     assert "numpy" in run["versions"]
+
+
+def test_a_resumed_run_tells_who_went_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for commit, words in (("a1", ["play"]), ("b2", ["play", "--resume"]), ("c3", ["play", "--resume", "--quiet"])):
+        monkeypatch.setattr(transcripts, "_commit", lambda commit=commit: commit)
+        monkeypatch.setattr(transcripts.sys, "argv", ["/bin/usp-env", *words])
+        RunDirectory(tmp_path, {"seed": 1}, resume=len(words) > 1, provenance={"bank": "x"})
+    run = json.loads((tmp_path / "run.json").read_text("utf-8"))
+    assert (run["commit"], run["command"], run["config"], run["provenance"]) == (
+        "a1",
+        ["usp-env", "play"],
+        {"seed": 1},
+        {"bank": "x"},
+    )
+    assert [(one["commit"], one["command"]) for one in run["resumed"]] == [
+        ("b2", ["usp-env", "play", "--resume"]),
+        ("c3", ["usp-env", "play", "--resume", "--quiet"]),
+    ]
+    assert run["resumed"][0].keys() == {"command", "commit", "versions", "hardware"}
 
 
 def test_a_taken_directory_is_refused_and_nothing_is_lost(sampler: object, tmp_path: object) -> None:

@@ -59,7 +59,7 @@ from usp_env.metrics.judges import Judge
 from usp_env.rewards.base import RewardLike, WeightedSum, make_reward
 from usp_env.rewards.goal import GoalProgress
 from usp_env.sampling import Sampler, load_sampler
-from usp_env.transcripts import RUN, Transcript, check_free, describe, read_config, versions
+from usp_env.transcripts import RUN, Transcript, check_free, describe, note_resumed, read_config, versions
 from usp_env.users.base import Partner
 
 
@@ -268,6 +268,7 @@ def _begin(folder: Path, config: Mapping[str, Any], resume: bool, overwrite: boo
             raise RunDirectoryError(
                 f"{str(folder)!r} holds another benchmark ({'; '.join(changed)}): use another directory, or bring that back"
             )
+        note_resumed(folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RUN, json.dumps(describe(config), indent=1, ensure_ascii=False) + "\n")

@@ -223,6 +223,8 @@ def test_a_killed_run_resumes_to_the_same_card(after: int, tmp_path: Path) -> No
     assert not (tmp_path / "cut" / "leaderboard.json").exists()
     again = play(tmp_path / "cut", lanes=3, resume=True)
     assert again == whole
+    assert len(json.loads((tmp_path / "cut" / "run.json").read_text("utf-8"))["resumed"]) == 1
+    assert "resumed" not in json.loads((tmp_path / "whole" / "run.json").read_text("utf-8"))
     files = [
         (tmp_path / name / file).read_bytes() for file in ("leaderboard.json", "leaderboard.md") for name in ("whole", "cut")
     ]
