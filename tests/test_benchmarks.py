@@ -7,14 +7,16 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import env_overhead, novelty, real_servers, side_by_side
+from benchmarks import env_overhead, evaluate_growth, novelty, real_servers, side_by_side
 from benchmarks.page import Section, command_line
 
 PYTHON = "PATH-TO-PYTHON"
@@ -71,6 +73,42 @@ def test_sections_tell_the_command_that_was_run(monkeypatch: pytest.MonkeyPatch)
     result = json.dumps({"seconds": [1.0], "peak": 1, "error": 0.0})
     monkeypatch.setattr(novelty.subprocess, "run", lambda *args, **more: SimpleNamespace(stdout=result))
     assert section(novelty, "--m 10").command == "python -m benchmarks.novelty --m 10"
+
+
+def test_a_cost_need_not_count_every_kind_of_token() -> None:
+    """A ledger leaves out what no engine counted: a scripted assistant has replies and seconds alone."""
+    user = {"replies": 2, "seconds": 4.0, "prompt_tokens": 100, "cached_tokens": 30, "completion_tokens": 7}
+    bare = {"replies": 2, "seconds": 0.5}
+    server = {"replies": 1, "seconds": 1.0, "prompt_tokens": 10, "cached_tokens": None, "completion_tokens": 5}
+    cost = {
+        "users": {"a": {"utterance": {"user": server}, "conversation": {"user": user, "assistant": bare}}},
+        "scoring_seconds": 3.0,
+    }
+    assert evaluate_growth.took(9.0, 4, cost) == (4, 9.0, 5.5, 3.0, 80, 12)
+
+
+def test_people_are_those_that_were_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[Any], **options: Any) -> None:
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir()
+        asked = int(command[command.index("-n") + 1])
+        (folder / "card.json").write_text(json.dumps({"users": {}, "people": {"n": min(asked, 40), "of": 40}}), "utf-8")
+        (folder / "cost.json").write_text(json.dumps({"users": {}, "scoring_seconds": 1.0}), "utf-8")
+
+    monkeypatch.setattr(evaluate_growth.subprocess, "run", run)
+    made = section(evaluate_growth, "--people 20 60")
+    assert [row[0] for row in made.rows] == [20, 40]
+
+
+def test_growth_tells_what_does_not_grow() -> None:
+    def runs(seconds: Sequence[float]) -> list[evaluate_growth.Took]:
+        return [evaluate_growth.Took(n, s, 0, 0, 0, 0) for n, s in zip((20, 10, 40), seconds, strict=False)]
+
+    told = "a further person takes 2.00 s from 10 to 20, 2.00 s from 20 to 40."
+    assert evaluate_growth.growth(runs((70, 50, 110))) == f"A line through the runs: 30 s and 2.00 s a person; {told} "
+    squares = evaluate_growth.growth(runs((140, 110, 260)))  # 100 + n²/10, whose line is 50 + 36 n / 7
+    assert "50 s and 5.14 s a person; a further person takes 3.00 s from 10 to 20, 6.00 s from 20 to 40." in squares
+    assert evaluate_growth.growth(runs((50,))) == ""
 
 
 def test_the_peak_of_a_benchmark_is_its_own() -> None:
