@@ -22,9 +22,9 @@ from typing import Any
 from benchmarks import paper
 from usp_env.errors import UspError
 from usp_env.evaluation.card import CARD, COST, LEVELS, METRICS, NEIGHBOUR, REAL, Card, Level, read_card
-from usp_env.evaluation.leaderboard import Leaderboard, grid
+from usp_env.evaluation.leaderboard import BOARD, Leaderboard, grid
 from usp_env.evaluation.markdown import AGAINST, COMPARED, against, cell, invalid, named, plain, scorers, warning
-from usp_env.report.board import BOARD, read_board
+from usp_env.report.board import read_board
 from usp_env.transcripts import RUN
 
 USERS = ("usp-mini", "plato-mini", "roleplay:smollm2-135m", "dialogue:smollm2-135m")
@@ -80,10 +80,9 @@ def run(args: argparse.Namespace) -> None:
     }
     for name, words in commands.items():
         folder = args.runs / name
-        resume = ["--resume"] if (folder / RUN).is_file() else []
-        # The program itself, so that run.json holds a command that anybody can give.
+        # The program itself, so that run.json holds a command that anybody can give. Where nothing has begun, --resume begins.
         program = Path(sys.executable).with_name("usp-env")
-        if subprocess.run([program, *words, "--out", folder, *resume], check=False).returncode:
+        if subprocess.run([program, *words, "--out", folder, "--resume"], check=False).returncode:
             raise SystemExit(f"usp-env {shlex.join(words)}: failed; see above (what is in {folder} is not done again)")
         keep(folder, args.results / name)
 

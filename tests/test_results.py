@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,6 +78,38 @@ def users(tmp_path: Path) -> Path:
     }
     write(tmp_path / "users", "card.json", card)
     return tmp_path
+
+
+@pytest.mark.parametrize("left", [None, [], ["transcripts.jsonl"], ["run.json"]])
+def test_what_a_kill_left_is_gone_on_with(left: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--resume` begins where nothing has begun; without it, whatever lies there is refused."""
+    for name in left or ():
+        (tmp_path / "runs" / "users").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / "users" / name).touch()
+    given = []
+
+    def ran(command: list[Any], **options: Any) -> SimpleNamespace:
+        given.append([str(word) for word in command[1:]])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(results.subprocess, "run", ran)
+    words = [
+        "--runs",
+        str(tmp_path / "runs"),
+        "--results",
+        str(tmp_path / "kept"),
+        "--users",
+        "u",
+        "--assistants",
+        "a",
+        "-n",
+        "3",
+    ]
+    results.run(results.parser().parse_args(words))
+    assert given == [
+        ["evaluate", "--user", "u", "--split", "test", "-n", "3", "--out", str(tmp_path / "runs" / "users"), "--resume"],
+        ["benchmark", "--assistants", "a", "--out", str(tmp_path / "runs" / "assistants"), "--resume"],
+    ]
 
 
 def test_users_stand_beside_the_papers(users: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from usp_env import __version__, commands_benchmark, commands_evaluate
+from usp_env.console import at_least
 from usp_env.errors import UspError
 
 
@@ -57,26 +58,7 @@ class Parser(argparse.ArgumentParser):
 POPULATIONS = "density, uniform, majority, minority or virtual"
 BANK = "sharegpt or sharegpt-silver (packaged), or a JSONL file of profiles"
 SPLIT = "train, val or test of the bank; all for the whole bank"
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    return _at_least(text, 1)
-
-
-def natural(text: str) -> int:
-    """A whole number of at least 0."""
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}") from None
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
-    return value
+positive, natural = at_least(1), at_least(0)
 
 
 def build_parser() -> Parser:

@@ -13,22 +13,13 @@ from usp_env import backends
 from usp_env.backends.base import Backend
 from usp_env.backends.scripted import ScriptedBackend
 from usp_env.backends.spec import ModelSpec, parse
-from usp_env.console import say
+from usp_env.console import at_least, say
 from usp_env.errors import SpecError, UnknownNameError
 from usp_env.evaluation.protocol import PROTOCOLS, Protocol
 from usp_env.files import write_whole
 
 OVERRIDES = ("bank", "split", "populations", "n", "seed", "seeds", "turns")
 """Options that depart from the protocol where they are given."""
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
-        return value
-
-    return number
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +33,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", default="usp-bench-1", help="what is fixed; any override is listed on the leaderboard")
     parser.add_argument("--user", nargs="+", metavar="SPEC", help="simulated user (the protocol's); several with --ladder")
     parser.add_argument("--populations", nargs="+", metavar="NAME", help="majority minority virtual, or others of the bank")
-    parser.add_argument("--n", type=_at_least(1), metavar="N", help="most profiles of a population (100; fewer if it has fewer)")
-    parser.add_argument("--turns", type=_at_least(1), metavar="N", help="most user turns (10)")
-    parser.add_argument("--seed", type=_at_least(0), help="of profiles and noise (0)")
-    parser.add_argument("--seeds", type=_at_least(0), nargs="+", metavar="S", help="episodes of a profile: one for each (0)")
+    parser.add_argument("--n", type=at_least(1), metavar="N", help="most profiles of a population (100; fewer if it has fewer)")
+    parser.add_argument("--turns", type=at_least(1), metavar="N", help="most user turns (10)")
+    parser.add_argument("--seed", type=at_least(0), help="of profiles and noise (0)")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", metavar="S", help="episodes of a profile: one for each (0)")
     parser.add_argument("--bank", help="sharegpt or sharegpt-silver (packaged), or a JSONL file of profiles")
     parser.add_argument("--split", help="train, val or test of the bank (test); all for the whole bank")
     parser.add_argument("--judge", help="spec of a model that rates conversations from 1 to 10; offline: GoalProgress (default)")
@@ -54,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reference", metavar="FILE", help="JSON object of names and scores to correlate the ranking with")
     parser.add_argument("--ladder", action="store_true", help="do user and score rank assistants whose order is known?")
-    parser.add_argument("--lanes", type=_at_least(1), default=16, help="conversations at a time")
+    parser.add_argument("--lanes", type=at_least(1), default=16, help="conversations at a time")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory that is written")
     taken = parser.add_mutually_exclusive_group()
     taken.add_argument("--resume", action="store_true", help="finish what was interrupted; assistants may be added")
@@ -130,7 +121,7 @@ def _run(arguments: argparse.Namespace, protocol: Protocol, out: Path, names: li
         pairwise=arguments.pairwise,
         reference=arguments.reference,
         lanes=arguments.lanes,
-        resume=arguments.resume and (out / "run.json").is_file(),
+        resume=arguments.resume,
         overwrite=arguments.overwrite,
         source=source,
         say=say,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from usp_env.console import say
+from usp_env.console import at_least, say
 from usp_env.errors import SpecError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -27,20 +27,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="sharegpt (packaged), or a JSONL file of profiles with conversations",
     )
     parser.add_argument("--split", default="test", help="train, val or test of the bank; all for the whole bank")
-    parser.add_argument("-n", "--n", type=_positive, metavar="N", help="so many people of the split (default: all)")
+    parser.add_argument("-n", "--n", type=at_least(1), metavar="N", help="so many people of the split (default: all)")
     parser.add_argument("--levels", default="utterance,conversation", help="one or both, with a comma between")
-    parser.add_argument("--turns", type=_positive, default=10, help="most user turns of a conversation")
+    parser.add_argument("--turns", type=at_least(1), default=10, help="most user turns of a conversation")
     parser.add_argument(
-        "--most", type=_positive, metavar="K", help="at the utterance level a person's first K turns (default: all)"
+        "--most", type=at_least(1), metavar="K", help="at the utterance level a person's first K turns (default: all)"
     )
-    parser.add_argument("--seeds", type=_positive, default=1, help="generations of each; 2 or more for the collapse alarm")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="generations of each; 2 or more for the collapse alarm")
     parser.add_argument(
         "--protocol", choices=("ours", "paper"), default="ours", help="paper: ADV on both sides' turns, given first turns count"
     )
     parser.add_argument("--judge", metavar="SPEC", help="a model for SC.Score, e.g. openai:NAME@URL")
     parser.add_argument("--embedder", default="auto", help="of Sem-Sim and ADV: auto, minilm, simcse, a folder or a hub id")
     parser.add_argument("--no-neighbours", dest="neighbours", action="store_false", help="leave out the row real:neighbour")
-    parser.add_argument("--lanes", type=_positive, default=16, help="most generations at a time")
+    parser.add_argument("--lanes", type=at_least(1), default=16, help="most generations at a time")
     parser.add_argument("--out", required=True, metavar="DIR|FILE.json", help="run directory, or a card with its run beside it")
     taken = parser.add_mutually_exclusive_group()
     taken.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
@@ -149,10 +149,3 @@ def _judge(spec: str | None, folder: Path) -> Judge | None:
 
     folder.mkdir(parents=True, exist_ok=True)
     return Judge(backends.load_cached(parse(spec), folder / JUDGE))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value

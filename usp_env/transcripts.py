@@ -389,7 +389,7 @@ def check_free(path: str | Path, resume: bool = False, overwrite: bool = False) 
     folder = Path(path)
     if folder.is_file():
         raise RunDirectoryError(f"expected a directory to write to, but {str(path)!r} is a file: choose another")
-    taken = folder.is_dir() and any(folder.iterdir())
+    taken = folder.is_dir() and any(file.name != f"{RUN}.new" for file in folder.iterdir())  # what a kill left of `write_whole`
     if taken and not (resume or overwrite):
         raise RunDirectoryError(
             f"{str(path)!r} is not empty: choose another directory, resume the run (--resume, resume=True), or begin "

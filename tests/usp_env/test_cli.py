@@ -160,6 +160,9 @@ def test_version_and_mistakes_of_the_command_line(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"usp-env {usp_env.__version__}\n"
     for argv, told in (
         (["play", "--episodes", "x"], "expected a whole number of at least 1, got 'x'"),
+        (["evaluate", "--user", "u", "--out", "o", "--turns", "ten"], "expected a whole number of at least 1, got 'ten'"),
+        (["benchmark", "--out", "o", "--seed", "x"], "expected a whole number of at least 0, got 'x'"),
+        (["benchmark", "--out", "o", "--turns", "0"], "expected at least 1, got 0"),
         (["show", "runs/x", "--overwrite"], "unrecognized arguments: --overwrite\n"),  # another command's option: no advice
         (["show", "runs/x", "--epsode", "a"], "did you mean --episode?"),
     ):

@@ -35,8 +35,6 @@ from usp_env.evaluation import validity
 from usp_env.evaluation.benchmark_bootstrap import EpisodeScore
 from usp_env.evaluation.benchmark_judging import Jury, gate, judge_duels, judge_episodes
 from usp_env.evaluation.benchmark_play import (
-    BOARD,
-    COST,
     DUELS,
     JUDGE,
     LANES,
@@ -52,7 +50,8 @@ from usp_env.evaluation.benchmark_play import (
     with_openings,
 )
 from usp_env.evaluation.benchmark_scores import Results, results, with_twin
-from usp_env.evaluation.leaderboard import Leaderboard, Score
+from usp_env.evaluation.card import COST
+from usp_env.evaluation.leaderboard import BOARD, Leaderboard, Score
 from usp_env.evaluation.protocol import USP_BENCH_1, Facts, Protocol, departures, draw, weights
 from usp_env.files import read_text, write_whole
 from usp_env.metrics.judges import Judge

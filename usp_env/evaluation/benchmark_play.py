@@ -15,6 +15,8 @@ import numpy as np
 from usp_env.driver import Conductor
 from usp_env.episode import Episode
 from usp_env.errors import RunDirectoryError, SpecError, UspError
+from usp_env.evaluation.card import COST
+from usp_env.evaluation.leaderboard import BOARD
 from usp_env.evaluation.protocol import Plan, Protocol
 from usp_env.files import read_text, write_whole
 from usp_env.ledger import FILE as LEDGER
@@ -24,7 +26,7 @@ from usp_env.transcripts import FILE, RUN, RunDirectory, Transcript, read_config
 from usp_env.users.base import Partner
 
 RUNS, OPENINGS, VERDICTS, DUELS, JUDGE = "runs", "openings.jsonl", "verdicts.jsonl", "duels.jsonl", "judge.json"
-BOARD, MARKDOWN, COST = "leaderboard.json", "leaderboard.md", "cost.json"
+MARKDOWN = "leaderboard.md"
 LANES = 16
 """Conversations at a time, and size of the groups that a killed run begins again."""
 

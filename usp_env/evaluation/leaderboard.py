@@ -18,6 +18,7 @@ from typing import Any
 
 from usp_env.metrics.statistics import Interval
 
+BOARD = "leaderboard.json"
 MOST_INVALID = 0.02
 """Share of invalid episodes above which a row is marked."""
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -162,22 +162,6 @@ class FactualConsistency:
         return shares(verifier.supported(turns, facts) if turns else verifier.explains(prose, facts), len(facts), "verifier")
 
 
-class ProfileQuality(NamedTuple):
-    """How good a description of the dialogue a profile is; each (n,), in [0, 1] or NaN."""
-
-    dp_p: FloatArray
-    dp_r: FloatArray
-    dpc: FloatArray
-
-
-class SimulationQuality(NamedTuple):
-    """How well a simulated user played its profile; each (n,), in [0, 1] or NaN."""
-
-    r_dp_p: FloatArray
-    r_dp_r: FloatArray
-    r_dpc: FloatArray
-
-
 def dp_p(source: Sequence[DialogueTurns], target: Sequence[ProfileText], verifier: Verifier) -> FloatArray:
     """DP.P: share of a profile's facts that the dialogue it was read from supports (paper Table 2).
 
@@ -229,18 +213,6 @@ def r_dp_p(source: Sequence[ProfileText], target: Sequence[DialogueTurns], verif
 def r_dp_r(source: Sequence[DialogueTurns], target: Sequence[ProfileText], verifier: Verifier) -> FloatArray:
     """r-DP.R: share of the given profile's facts that the simulated dialogue shows (paper Table 4); see `r_dp_p`."""
     return _directed(source, DialogueTurns, target, ProfileText)(verifier)
-
-
-def profile_quality(profiles: Sequence[ProfileText], dialogues: Sequence[DialogueTurns], verifier: Verifier) -> ProfileQuality:
-    """DP.P, DP.R and DPC of `n` profiles and the real dialogues they were read from: two calls of the verifier."""
-    p, r = dp_p(dialogues, profiles, verifier), dp_r(profiles, dialogues, verifier)
-    return ProfileQuality(p, r, harmonic_mean(p, r))
-
-
-def simulation_quality(given: Sequence[ProfileText], simulated: Sequence[DialogueTurns], verifier: Verifier) -> SimulationQuality:
-    """r-DP.P, r-DP.R and r-DPC of `n` given profiles and simulated dialogues: two calls of the verifier."""
-    p, r = r_dp_p(given, simulated, verifier), r_dp_r(simulated, given, verifier)
-    return SimulationQuality(p, r, harmonic_mean(p, r))
 
 
 def harmonic_mean(precision: npt.ArrayLike, recall: npt.ArrayLike) -> FloatArray:

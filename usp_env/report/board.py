@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from usp_env.errors import UspError
-from usp_env.evaluation.leaderboard import MOST_INVALID, Estimate, Leaderboard, Pair, Reference, Row, Score, turned
+from usp_env.evaluation.card import COST
+from usp_env.evaluation.leaderboard import BOARD, MOST_INVALID, Estimate, Leaderboard, Pair, Reference, Row, Score, turned
 from usp_env.files import read_text
 from usp_env.report.facts import fixed, interval
 from usp_env.report.html import fill, place, read_run, run_facts
 from usp_env.report.plots import Chart, Point, Series, Strip, chart, strips, style
-
-BOARD, COST = "leaderboard.json", "cost.json"
 
 
 class Told(NamedTuple):

@@ -267,6 +267,16 @@ def test_an_engine_whose_rounding_depends_on_the_batch_resumes_to_the_same_words
         assert words(f"cut{after}") == words("whole")  # each episode once
 
 
+def test_a_run_that_was_killed_in_its_first_file_resumes(tmp_path: Path) -> None:
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "run.json.new").write_text("{", "utf-8")
+    assert play(tmp_path / "cut", resume=True) == play(tmp_path / "whole")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(RunDirectoryError, match="no run to resume"):
+        play(tmp_path / "other", resume=True)
+
+
 @pytest.mark.parametrize("killed_in", ["the openings", "the second assistant", "clearing"])
 def test_what_overwrite_began_and_a_kill_stopped_resumes_without_anything_of_the_old_run(
     killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -475,8 +475,10 @@ def test_another_configuration_is_refused_and_overwriting_begins_anew(tmp_path: 
     assert fresh.speaker.asked > 11
 
 
-def test_a_run_that_was_killed_before_it_began_resumes(tmp_path: Path) -> None:
-    (tmp_path / "transcripts.jsonl").touch()
+@pytest.mark.parametrize("left", [(), ("transcripts.jsonl",), ("transcripts.jsonl", "run.json.new")])
+def test_a_run_that_was_killed_before_it_began_resumes(left: tuple[str, ...], tmp_path: Path) -> None:
+    for name in left:
+        (tmp_path / name).touch()
     assert run(tmp_path, candidate("a", lambda view, seed: "one"), resume=True, levels=("utterance",))["users"]
     (tmp_path / "run.json").unlink()
     with pytest.raises(RunDirectoryError, match="no run to resume"):

@@ -97,10 +97,9 @@ def test_swapping_source_and_target_swaps_precision_and_recall() -> None:
     there, back = FactualConsistency([talk], [COOK])(verifier), FactualConsistency([COOK], [talk])(verifier)
     assert there.tolist() == pytest.approx([1 / 3])
     assert back.tolist() == pytest.approx([0.75])
-    profile, simulation = c.profile_quality([COOK], [talk], verifier), c.simulation_quality([COOK], [talk], verifier)
-    assert (profile.dp_p, profile.dp_r) == (there, back)
-    assert (simulation.r_dp_p, simulation.r_dp_r) == (back, there)  # the reverse pair of measures is the swapped one
-    assert profile.dpc.tolist() == simulation.r_dpc.tolist() == pytest.approx([2 * 0.25 / (1 / 3 + 0.75)])
+    assert (c.dp_p([talk], [COOK], verifier), c.dp_r([COOK], [talk], verifier)) == (there, back)
+    assert (c.r_dp_p([COOK], [talk], verifier), c.r_dp_r([talk], [COOK], verifier)) == (back, there)  # the swapped pair
+    assert c.harmonic_mean(there, back).tolist() == pytest.approx([2 * 0.25 / (1 / 3 + 0.75)])
 
 
 @pytest.mark.parametrize(
@@ -123,21 +122,21 @@ def test_many_people_are_one_call_and_score_as_alone() -> None:
     talks = [DialogueTurns(("i cook", "leeks pls")), DialogueTurns(("rain",)), DialogueTurns(("sew", "swim", "cook leeks"))]
     profiles = [COOK, ProfileText("You sew."), COOK]
     verifier = Words()
-    together = c.simulation_quality(profiles, talks, verifier)
+    p, r = c.r_dp_p(profiles, talks, verifier), c.r_dp_r(talks, profiles, verifier)
     assert (len(verifier.supports), len(verifier.explanations)) == (1, 1)
     for i in range(3):
-        alone = c.simulation_quality([profiles[i]], [talks[i]], Words())
-        assert [together[k][i] for k in range(3)] == [alone[k][0] for k in range(3)]
-    assert together.r_dp_p.tolist() == [0.75, 0.0, 1.0]
-    assert together.r_dpc[1] == 0.0
+        assert p[i] == c.r_dp_p([profiles[i]], [talks[i]], Words())[0]
+        assert r[i] == c.r_dp_r([talks[i]], [profiles[i]], Words())[0]
+    assert p.tolist() == [0.75, 0.0, 1.0]
+    assert c.harmonic_mean(p, r)[1] == 0.0
 
 
 def test_what_says_nothing_has_no_value_and_is_not_asked() -> None:
     verifier = Words()
     silent, blank = DialogueTurns(()), ProfileText(" \n\n ")
-    quality = c.simulation_quality([COOK, blank, COOK], [silent, TALK, DialogueTurns((" ", "\n"))], verifier)
-    for values in quality:
-        assert np.isnan(values).all()
+    profiles, talks = [COOK, blank, COOK], [silent, TALK, DialogueTurns((" ", "\n"))]
+    assert np.isnan(c.r_dp_p(profiles, talks, verifier)).all()
+    assert np.isnan(c.r_dp_r(talks, profiles, verifier)).all()
     assert not verifier.supports
     assert not verifier.explanations
     assert c.dp_p([], [], verifier).shape == (0,)
@@ -186,6 +185,5 @@ def test_the_packaged_verifier_tells_a_persons_own_profile() -> None:
         DialogueTurns(("how do i read a file line by line in rust", "my parser for log files is slow")),
     ]
     verifier = scorers.load("facts-v1")
-    own, other = c.simulation_quality(profiles, talks, verifier), c.simulation_quality(profiles, talks[::-1], verifier)
-    assert (own.r_dp_p > other.r_dp_p + 0.2).all()
-    assert (own.r_dp_r > other.r_dp_r + 0.2).all()
+    assert (c.r_dp_p(profiles, talks, verifier) > c.r_dp_p(profiles, talks[::-1], verifier) + 0.2).all()
+    assert (c.r_dp_r(talks, profiles, verifier) > c.r_dp_r(talks[::-1], profiles, verifier) + 0.2).all()
