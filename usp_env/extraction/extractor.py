@@ -1,4 +1,4 @@
-"""The two-stage extractor (paper A.2): three calls that infer attributes, one that rewrites them as two paragraphs; all answer in JSON.
+"""The two-stage extractor (paper A.2): three calls infer attributes, one rewrites them as two paragraphs; all answer in JSON.
 
 A malformed answer is asked for again with a new seed and the reason; after `retries` times the conversation is dropped, with that
 reason. A call that fails (server down, deadline) drops nothing: the conversation is `failed` and can be done another time.
