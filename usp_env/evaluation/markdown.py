@@ -28,13 +28,13 @@ AGAINST = ("difference", "detectable", "ratio", "n")
 JOBS = {"utterance": "turns", "conversation": "conversations"}
 """What may be invalid at a level."""
 COMPARED = (
-    f"Differences are on the same people, in the metric's unit, user less rival; a rival has values for at least {COVERED:.0%} "
-    "of the user's people, and the hardest rival is the one by whom the user stands worst. Utterance level: over the turns that "
-    "both said (termination F1: all decisions), without openings where one of the two is given no profile. Conversation level: who "
-    "is given no profile is given the person's own first turn and measured from the second on; against such a user both "
-    "sides are without their first turns (not under protocol `paper`; ESR and numbers of turns: whole conversations), and the one with "
-    "the profile still saw less of the real context. "
-    "Detectable: the smallest true difference that so many people show with probability 0.8."
+    "Differences are on the same people, in the metric's unit, user less rival; a rival has values for at least "
+    f"{COVERED:.0%} of the user's people, and the hardest rival is the one by whom the user stands worst. Utterance level: "
+    "over the turns that both said (termination F1: all decisions), without openings where one of the two is given no "
+    "profile. Conversation level: who is given no profile is given the person's own first turn and measured from the second"
+    " on; against such a user both sides are without their first turns (not under protocol `paper`; ESR and numbers of "
+    "turns: whole conversations), and the one with the profile still saw less of the real context. Detectable: the smallest"
+    " true difference that so many people show with probability 0.8."
 )
 """What a difference is, for all pages."""
 
