@@ -16,12 +16,15 @@ import argparse
 import contextlib
 import json
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from training.conversations import continued, of_split, silver_of
+from training.run_directory import ARGUMENTS, arguments, last_checkpoint, spent
 from training.sft_rows import IGNORED, Limits, Row, make_rows
+from usp_env.files import write_whole
 from usp_env.models import assets
 from usp_env.rendering import Renderer
 
@@ -105,8 +108,8 @@ def dataset(rows: Iterable[Row], content_only: bool = False) -> Any:
     return datasets.Dataset.from_list([{"input_ids": list(row.input_ids), "labels": labels(row)} for row in rows])
 
 
-def configure(args: argparse.Namespace, longest: int) -> Any:
-    """The trainer's settings, for rows of at most `longest` tokens."""
+def configure(args: argparse.Namespace, longest: int, fresh: bool = True) -> Any:
+    """The trainer's settings, for rows of at most `longest` tokens; a fresh run is measured before its first update."""
     import torch
     from trl import SFTConfig
 
@@ -127,6 +130,7 @@ def configure(args: argparse.Namespace, longest: int) -> Any:
         gradient_checkpointing=args.gradient_checkpointing,
         bf16=args.bf16 or not args.full,
         train_sampling_strategy="random" if args.packing else "group_by_length",
+        eval_on_start=fresh,
         eval_strategy="steps",
         eval_steps=args.eval_every,
         save_strategy="steps",
@@ -157,12 +161,15 @@ def trainer_class() -> type[Any]:
     from trl import SFTTrainer
 
     class UserTurnTrainer(SFTTrainer):
+        start = time.time()  # of the run, as if its pieces had followed one another
+
         def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-            """The trainer's own, with the exact mean loss."""
+            """The trainer's own, with the exact mean loss, and the run's seconds for `spent`."""
             self.costs: list[tuple[float, int]] = []  # summed loss and counted tokens of each batch
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             losses, counts = zip(*gather_object(self.costs), strict=True)
             output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / max(1, sum(counts))
+            output.metrics[f"{metric_key_prefix}_seconds"] = time.time() - self.start
             return output
 
         def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,23 +216,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 def fit(model: Any, tokenizer: Any, train: Sequence[Row], val: Sequence[Row], args: argparse.Namespace) -> None:
     """Train on rows; the best step's weights and `training.json` go to `args.out`."""
     from peft.helpers import disable_input_dtype_casting
-    from transformers.trainer_utils import get_last_checkpoint
 
-    start = time.time()
+    checkpoint = last_checkpoint(args)
+    start = time.time() - spent(checkpoint)
     trained = sum(label != IGNORED for row in train for label in row.labels)
     tokens = sum(len(row.input_ids) for row in train)
     print(f"{len(train)} conversations, {tokens} tokens, {trained} of them trained", flush=True)
 
     trainer = trainer_class()(
         model=model,
-        args=configure(args, max(len(row.input_ids) for row in (*train, *val))),
+        args=configure(args, max(len(row.input_ids) for row in (*train, *val)), fresh=checkpoint is None),
         train_dataset=dataset(train),
         eval_dataset=dataset(val, content_only=True),
         processing_class=tokenizer,
     )
-    checkpoint = get_last_checkpoint(args.out) if args.resume and args.out.is_dir() else None
-    if checkpoint is None:
-        trainer.evaluate()  # where it starts from
+    trainer.start = start
+    if checkpoint is None and trainer.is_world_process_zero():
+        write_whole(args.out / ARGUMENTS, json.dumps(arguments(args), indent=1) + "\n")
     # LoRA's inputs stay bfloat16, as autocast wants them: 15 % less time a step than through float32, the same loss.
     with contextlib.nullcontext() if args.full else disable_input_dtype_casting(model):
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -233,14 +240,17 @@ def fit(model: Any, tokenizer: Any, train: Sequence[Row], val: Sequence[Row], ar
     if not trainer.is_world_process_zero():
         return
     curve = [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = min(curve[1:], key=lambda pair: pair[1])  # of what is trained: the weights that are kept
+    if best[1] >= curve[0][1]:
+        warnings.warn(f"training made it worse: validation {curve[0][1]:.4f} untrained, {best[1]:.4f} at best", stacklevel=2)
     record = {
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "arguments": arguments(args),
         "conversations": len(train),
         "tokens": tokens,
         "trained_tokens": trained,
         "seconds": round(time.time() - start),
         "validation": curve,
-        "best": min(curve, key=lambda pair: pair[1]),
+        "best": best,
     }
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     print(json.dumps(record["best"]), flush=True)

@@ -12,9 +12,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from training import perplexity, sft  # noqa: E402
+from training.run_directory import arguments, last_checkpoint  # noqa: E402
 from training.sft_rows import IGNORED, Limits, Row, clip, make_row, make_rows, system  # noqa: E402
 from usp_env.dialogue import Dialogue, Message  # noqa: E402
-from usp_env.errors import SpecError  # noqa: E402
+from usp_env.errors import RunDirectoryError, SpecError  # noqa: E402
 from usp_env.models import assets  # noqa: E402
 from usp_env.profiles import Profile  # noqa: E402
 from usp_env.rendering import Renderer  # noqa: E402
@@ -343,18 +344,25 @@ def test_one_process_writes_what_all_gather(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.filterwarnings("default")
-def test_the_program_learns_resumes_and_keeps_its_best_step(renderer, tmp_path, monkeypatch) -> None:
-    pytest.importorskip("trl")
+def _program(renderer: Renderer, monkeypatch: pytest.MonkeyPatch, out: Path) -> list[str]:
+    """Eight people, a tiny model, and the options of a short run."""
     monkeypatch.setattr(sft, "load_model", lambda args: (_lora(args), renderer.tokenizer))
     people = [(Profile(f"p{i}", f"You cook {i}.", "You write tersely."), TALK) for i in range(8)]
     monkeypatch.setattr(sft, "of_split", lambda bank, split: people)
     monkeypatch.setattr(sft, "continued", lambda bank: ())
-    options = ["--out", str(tmp_path / "run"), "--epochs", "6", "--lr", "0.05", "--batch", "2", "--accumulate", "2"]
-    options += ["--eval-every", "4", "--rank", "4"]
+    return ["--out", str(out), "--lr", "0.05", "--batch", "2", "--accumulate", "2", "--eval-every", "4", "--rank", "4"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_program_learns_resumes_and_keeps_its_best_step(renderer, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("trl")
+    options = [*_program(renderer, monkeypatch, tmp_path / "run"), "--epochs", "6"]
     sft.main([*options, "--resume"])  # from nothing, while there is no checkpoint
     record = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert [step for step, _ in record["validation"]] == [0, 4, 8, 12]  # 8 rows, 2 · 2 an update, 6 times
     first, *_, last = [loss for _, loss in record["validation"]]
+    untrained = perplexity.measure(tiny(), list(make_rows(renderer, sft.of_split("", "val"))))
+    assert first == pytest.approx(untrained.nll.sum() / untrained.tokens.sum(), rel=0.01)  # autocast, here it is float32
     assert record["best"][1] <= last < first - 0.5
     assert record["conversations"] == 8
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
@@ -363,16 +371,59 @@ def test_the_program_learns_resumes_and_keeps_its_best_step(renderer, tmp_path, 
     weights = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     assert not (tmp_path / "run" / "final" / "training_args.bin").exists()
+    state = tmp_path / "run" / "checkpoint-12" / "trainer_state.json"
+    held = json.loads(state.read_text())
+    next(entry for entry in held["log_history"] if entry["step"] == 12 and "eval_loss" in entry)["eval_seconds"] = 1000.0
+    state.write_text(json.dumps(held))
     sft.main([*options, "--resume"])  # there is nothing left to do, and nothing is lost
     again = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+    resumed = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert (resumed["validation"], resumed["best"]) == (record["validation"], record["best"])
+    assert 1000 <= resumed["seconds"] < 1100
+    with pytest.raises(RunDirectoryError, match="checkpoints of an earlier run"):
+        sft.main(options)
+    with pytest.raises(RunDirectoryError, match="no_profile False, now True"):
+        sft.main([*options, "--resume", "--no-profile"])
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_run_that_only_gets_worse_says_so(renderer, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("trl")
+    with pytest.warns(UserWarning, match=r"training made it worse: validation .* untrained"):
+        sft.main([*_program(renderer, monkeypatch, tmp_path), "--lr", "20"])
+    record = json.loads((tmp_path / "training.json").read_text())
+    (start, first), (end, last) = record["validation"]
+    assert (start, end) == (0, 2)
+    assert record["best"] == [end, last]  # whose weights are kept
+    assert last > first
+
+
+def test_no_other_runs_checkpoint_is_gone_on_from(tmp_path) -> None:
+    def args(*options: str) -> object:
+        return sft.parser().parse_args(["--out", str(tmp_path), *options])
+
+    assert last_checkpoint(args()) is None
+    for step in (4, 12, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"no arguments\.json"):
+        last_checkpoint(args("--resume"))
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments(args("--reply-tokens", "16", "32"))))
+    with pytest.raises(RunDirectoryError, match="checkpoints of an earlier run: take another, or --resume"):
+        last_checkpoint(args("--reply-tokens", "16", "32"))
+    same = ("--resume", "--reply-tokens", "16", "32", "--gradient-checkpointing")
+    assert last_checkpoint(args(*same)) == str(tmp_path / "checkpoint-12")
+    with pytest.raises(RunDirectoryError, match=r"other arguments: lr 0\.0005, now 0\.1; no_profile False, now True$"):
+        last_checkpoint(args(*same, "--no-profile", "--lr", "0.1"))
 
 
 def _lora(args: object) -> object:
     import peft
 
     config = peft.LoraConfig(r=args.rank, lora_alpha=8, target_modules=sft.TARGETS, task_type="CAUSAL_LM")
-    return peft.get_peft_model(tiny(), config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return peft.get_peft_model(tiny(), config)
 
 
 def test_no_reserved_conversation_is_ever_read(tmp_path) -> None:

@@ -1,0 +1,48 @@
+"""The directory of a run that fits a language model: what is trained there, and where to go on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from usp_env.errors import RunDirectoryError
+
+ARGUMENTS = "arguments.json"  # what a run directory is trained with
+FREE = ("out", "resume", "gradient_checkpointing")  # arguments that change nothing of what is trained
+
+
+def arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as JSON holds them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def last_checkpoint(args: argparse.Namespace) -> str | None:
+    """The checkpoint to go on from, if there is one.
+
+    Raises:
+        RunDirectoryError: There is one without `--resume`, or of a run with other arguments.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint: str | None = get_last_checkpoint(args.out) if args.out.is_dir() else None
+    if checkpoint is None:
+        return None
+    if not args.resume:
+        raise RunDirectoryError(f"--out {args.out} holds checkpoints of an earlier run: take another, or --resume to go on")
+    if not (args.out / ARGUMENTS).is_file():
+        raise RunDirectoryError(f"--out {args.out} holds checkpoints and no {ARGUMENTS}, so what they are of: take another")
+    known, wanted = json.loads((args.out / ARGUMENTS).read_text("utf-8")), arguments(args)
+    keys = sorted({*known, *wanted}.difference(FREE))
+    if differ := [f"{key} {known.get(key)!r}, now {wanted.get(key)!r}" for key in keys if known.get(key) != wanted.get(key)]:
+        raise RunDirectoryError(f"--resume: {args.out} was begun with other arguments: {'; '.join(differ)}")
+    return checkpoint
+
+
+def spent(checkpoint: str | None) -> float:
+    """Seconds of a run up to its checkpoint, over all its pieces."""
+    if checkpoint is None:
+        return 0.0
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text("utf-8"))
+    return float(max(entry.get("eval_seconds", 0.0) for entry in state["log_history"]))
