@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 import usp_env.models
+from training.conversations import held_out_turns, shares
 from usp_env.data import conversations
 from usp_env.dialogue import Dialogue
 from usp_env.models import embedders, pairs
@@ -61,13 +62,16 @@ class Person:
 def people(seed: int = 0) -> dict[str, list[Person]]:
     """`train`, `val` and `test` of the bank, and `other`: usable conversations without a profile, in an order of their own.
 
-    Reserved conversations are in none of them.
+    Reserved conversations are in none of them, and who shares one of `held_out_turns` is not in `train` and `other`.
     """
     bank = {profile.id: profile for profile in ProfileBank.load("sharegpt")}
+    kept = held_out_turns("sharegpt")
     found: dict[str, list[Person]] = {"train": [], "val": [], "test": [], "other": []}
     for key, dialogue in sorted(_usable().items()):
         profile = bank.get(key)
-        found[profile.split or "other" if profile else "other"].append(Person(key, dialogue, profile))
+        split = profile.split or "other" if profile else "other"
+        if split in ("val", "test") or not shares(dialogue, kept):
+            found[split].append(Person(key, dialogue, profile))
     np.random.default_rng(seed).shuffle(found["other"])  # type: ignore[arg-type]
     return found
 

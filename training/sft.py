@@ -26,6 +26,7 @@ from training.run_directory import ARGUMENTS, arguments, last_checkpoint, spent
 from training.sft_rows import IGNORED, Limits, Row, make_rows
 from usp_env.files import write_whole
 from usp_env.models import assets
+from usp_env.profiles import PACKAGED
 from usp_env.rendering import Renderer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -204,12 +205,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = load_model(args)
     renderer = Renderer(tokenizer)
     limits = Limits(tokens=args.max_tokens, reply_tokens=tuple(args.reply_tokens))
+    going_on = continued(args.bank)
+    if args.silver and args.bank not in PACKAGED:  # a JSONL bank's silver conversations are the silver file's own
+        going_on |= continued(args.silver)
     rows = {}
     for split, limit in (("train", args.limit), ("val", args.eval_limit)):
         pairs = of_split(args.bank, split)[:limit]
         if split == "train" and args.silver:
             pairs += silver_of(args.silver, args.bank)
-        rows[split] = list(make_rows(renderer, pairs, not args.no_profile, limits, continued(args.bank)))
+        rows[split] = list(make_rows(renderer, pairs, not args.no_profile, limits, going_on))
     fit(model, tokenizer, rows["train"], rows["val"], args)
 
 

@@ -162,4 +162,5 @@ def test_reserved_conversations_reach_no_training_program(monkeypatch: pytest.Mo
         return [type("C", (), {"id": key, "dialogue": talk})() for key in (kept, "own_0")]
 
     monkeypatch.setattr(auxiliary.conversations, "load", conversations)
+    monkeypatch.setattr(auxiliary, "held_out_turns", lambda bank: frozenset())
     assert {person.id for split in auxiliary.people().values() for person in split} == {"own_0"}

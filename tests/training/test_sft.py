@@ -136,6 +136,11 @@ def test_silver_people_are_trained_on_but_nobody_of_the_gold_bank(renderer, tmp_
         sft.main([*command, bank("leak.jsonl", ("s", "train"), ("v", "train"))])
     with pytest.raises(SpecError, match="1 are: 'v#2'"):  # a later segment of the same person's conversation
         sft.main([*command, bank("later.jsonl", ("s", "train"), ("v#2", "train"))])
+    rows = []
+    monkeypatch.setattr(sft, "fit", lambda model, tokenizer, train, val, args: rows.extend(train))
+    sft.main([*command, bank("parts.jsonl", ("QWJhYvA_0", "train"), ("QWJhYvA_9", "train"))])  # the first goes on in the second
+    ended = {row.id: row.labels[-1] == renderer.end_of_conversation_id for row in rows}
+    assert ended == {"a": True, "QWJhYvA_0": False, "QWJhYvA_9": True}
 
 
 def test_rows_keep_their_limit_with_the_end_of_the_conversation(renderer) -> None:
