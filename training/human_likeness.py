@@ -70,7 +70,7 @@ def examples(chosen: Sequence[Person], turns: int, replies: int, seed: int) -> l
     for person in chosen:
         for text in _some(rng, [turn for turn in person.turns if turn.strip()], turns):
             number = len(found)
-            match = _matched(rng, pool, text)
+            match = _matched(rng, pool, text, person.id)
             found.append(Example(person.id, text, "user", number if match else -1))
             if match:
                 found.append(Example(match[0], match[1], "matched", number))
@@ -82,13 +82,15 @@ def _some(rng: np.random.Generator, texts: list[str], n: int) -> list[str]:
     return [texts[i] for i in sorted(rng.choice(len(texts), min(n, len(texts)), replace=False))]
 
 
-def _matched(rng: np.random.Generator, pool: Sequence[tuple[str, str]], text: str) -> tuple[str, str] | None:
-    """The prefix of one of 8 replies that is nearest to a text in length, if any is near enough."""
+def _matched(rng: np.random.Generator, pool: Sequence[tuple[str, str]], text: str, own: str) -> tuple[str, str] | None:
+    """The prefix of one of 8 replies that is nearest to a text in length, if any of another conversation is near enough."""
     options = []
     for k in rng.integers(len(pool), size=8):
         cluster, reply = pool[int(k)]
+        if cluster == own:
+            continue
         options += [(abs(np.log(len(part) / len(text))), cluster, part) for part in prefixes(reply[: 2 * len(text) + 200])]
-    gap, cluster, part = min(options, key=lambda option: option[0])
+    gap, cluster, part = min(options, key=lambda option: option[0], default=(np.inf, "", ""))
     return (cluster, part) if gap <= TOLERANCE else None
 
 
@@ -230,12 +232,15 @@ def main() -> None:
 def _played(found: dict[str, list[Person]], n: int, cache: Path | None) -> dict[str, list[Example]]:
     if not n:
         return {"train": [], "test": []}
-    if cache and cache.is_file():
-        return {k: [Example(*row) for row in rows] for k, rows in json.loads(cache.read_text("utf-8")).items()}
-    played = {"train": roleplay(found["train"], n, 1000), "test": roleplay(found["test"], n // 2, 2000)}
-    if cache:
-        cache.write_text(json.dumps(played), "utf-8")
-    return played
+    chosen = {"train": found["train"][:n], "test": found["test"][: n // 2]}
+    asked = {split: [person.id for person in those] for split, those in chosen.items()}
+    kept = json.loads(cache.read_text("utf-8")) if cache and cache.is_file() else {}
+    if kept.get("asked") != asked:
+        played = {"train": roleplay(chosen["train"], n, 1000), "test": roleplay(chosen["test"], n // 2, 2000)}
+        kept = {"asked": asked, "played": played}
+        if cache:
+            cache.write_text(json.dumps(kept), "utf-8")
+    return {split: [Example(*row) for row in rows] for split, rows in kept["played"].items()}
 
 
 def card(figures: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ r"""The profile generator: a language model learns to write a person's two parag
 
 It distils the extractor that wrote the bank's profiles: prompt and format of `usp_env.extraction.generator`, which also shortens
 what does not fit, and the loss on the two paragraphs and their end token alone. A bank that is not `train` is never read but for
-the validation. `training.reflection` measures the result.
+the validation. `training.agreement` measures the result.
 """
 
 from __future__ import annotations

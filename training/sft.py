@@ -281,6 +281,8 @@ def publish(folder: Path, model: str) -> None:
     config = {key: value for key, value in json.loads(settings.read_text("utf-8")).items() if value not in (None, {}, [])}
     if model in assets.ASSETS:
         config["base_model_name_or_path"] = assets.ASSETS[model].hub
+    elif Path(model).is_dir():
+        config["base_model_name_or_path"] = Path(model).resolve().name  # PEFT wants some name
     settings.write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 

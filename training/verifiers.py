@@ -10,6 +10,7 @@ networks on the features of `usp_env.models.pairs`; the twins see words, names a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -197,9 +198,18 @@ class Questions(NamedTuple):
         return np.array([pair.kind for pair in self.pairs])
 
 
+def digest_of(found: Sequence[Pair], idf: Array) -> str:
+    """What the features of pairs are made of, in 16 hex digits."""
+    asked = json.dumps([FEATURES, [[pair.claim, pair.evidence] for pair in found]]).encode()
+    return hashlib.sha256(asked + np.asarray(idf).tobytes()).hexdigest()[:16]
+
+
 def featured(found: list[Pair], read: Callable[..., Any] | None, idf: Array, cache: Path | None, name: str) -> Questions:
-    """Both feature matrices of the pairs; a reader of None leaves the first at zero."""
-    file = cache / f"{name}.npz" if cache else None
+    """Both feature matrices of the pairs; a reader of None leaves the first at zero.
+
+    `cache` keeps them under `name` and a digest of the pairs, the word counts and the features' names.
+    """
+    file = cache / f"{name}-{digest_of(found, idf)}.npz" if cache else None
     if file and file.is_file():
         kept = np.load(file)
         return Questions(found, kept["x"], kept["lexical"])

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training import auxiliary
+from training import auxiliary, human_likeness, verifiers
 from training.auxiliary import auc, bootstrap, ece, macro_f1, platt, usable, youden
-from training.human_likeness import Example, prefixes, weights_of
+from training.human_likeness import Example, _matched, prefixes, weights_of
 from training.near_misses import near_misses
 from training.style_encoder import Turns, discriminant, partners, scatter, trials
 from usp_env.dialogue import Dialogue
@@ -83,6 +83,50 @@ def test_weights_give_each_kind_its_share() -> None:
     weight = weights_of(found)
     assert weight[:2].sum() / weight.sum() == pytest.approx(0.5 / 0.97)  # nothing role-played here
     assert weight[2] / weight[3] == pytest.approx(0.3 / 0.17)
+
+
+def test_a_user_turn_is_never_matched_with_its_own_conversation() -> None:
+    # Its own reply is of the same length; the other's, of 10 characters to 8, is log 1.25 = .223 away: too far.
+    pool, rng = [("a", "12345678"), ("b", "1234567890")], np.random.default_rng(0)
+    assert [_matched(rng, pool, "87654321", "a") for _ in range(20)] == [None] * 20
+    assert _matched(rng, pool, "987654321", "a") == ("b", "1234567890")  # log(10/9) = .105
+    assert _matched(rng, pool[:1], "87654321", "a") is None
+
+
+def test_kept_role_play_is_of_the_same_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    played = []
+
+    def roleplay(chosen: list[auxiliary.Person], n: int, seed: int) -> list[Example]:
+        played.append([person.id for person in chosen[:n]])
+        return [Example(person.id, "hi", "roleplay") for person in chosen[:n]]
+
+    monkeypatch.setattr(human_likeness, "roleplay", roleplay)
+    talk = _talk("hi", "so.")
+    found = {"train": [auxiliary.Person(i, talk) for i in "abcd"], "test": [auxiliary.Person(i, talk) for i in "xyz"]}
+    cache = tmp_path / "played.json"
+    expected = {"train": [Example(i, "hi", "roleplay") for i in "ab"], "test": [Example("x", "hi", "roleplay")]}
+    for _ in range(2):
+        assert human_likeness._played(found, 2, cache) == expected
+    assert played == [["a", "b"], ["x"]]
+    assert len(human_likeness._played(found, 4, cache)["train"]) == 4
+    assert played[2:] == [["a", "b", "c", "d"], ["x", "y"]]
+
+
+def test_kept_features_are_of_the_same_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def matrix(read: object, idf: np.ndarray, claims: list[str], evidence: list[tuple[str, ...]]) -> np.ndarray:
+        asked.append(claims)
+        return np.full((len(claims), 1), float(idf.sum()))
+
+    monkeypatch.setattr(verifiers, "pair_matrix", matrix)
+    one, other = (verifiers.Pair("a", "You cook.", (turn,), "true") for turn in ("eggs?", "ham?"))
+    for _ in range(2):
+        assert verifiers.featured([one], None, np.ones(3), tmp_path, "fact").lexical.tolist() == [[3.0]]
+    assert len(asked) == 1
+    verifiers.featured([other], None, np.ones(3), tmp_path, "fact")
+    assert verifiers.featured([one], None, np.ones(4), tmp_path, "fact").lexical.tolist() == [[4.0]]
+    assert len(asked) == 3
 
 
 def test_topic_control_picks_distant_positives_and_near_negatives() -> None:

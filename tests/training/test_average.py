@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,11 @@ def test_it_is_the_mean_of_what_each_adds_whatever_their_scales(base, tmp_path) 
     average.main([*map(str, runs), "--out", str(tmp_path / "mean"), "--model", str(base), "--rank", "8"])
     for mean, one, other in zip(added(base, tmp_path / "mean"), *(added(base, run) for run in runs), strict=True):
         torch.testing.assert_close(mean, (one + other) / 2, rtol=0.02, atol=0.05)  # kept in bfloat16
+
+
+def test_a_base_in_a_folder_leaves_its_name_alone(base, tmp_path) -> None:
+    average.average([adapter(base, tmp_path / "a", 1)], tmp_path / "mean", str(base), rank=4)
+    assert json.loads((tmp_path / "mean" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
 
 def test_a_smaller_rank_keeps_the_largest_singular_values(base, tmp_path) -> None:
