@@ -62,7 +62,7 @@ def strangers(n: int, seed: int = 0) -> npt.NDArray[np.intp]:
 
 
 def measure(model: Any, rows: Sequence[Row], batch: int = 4) -> Losses:
-    """Losses of the rows' content tokens under a model."""
+    """Losses of the rows' content tokens under a model, on its device."""
     import torch
 
     model.eval()
@@ -78,11 +78,12 @@ def measure(model: Any, rows: Sequence[Row], batch: int = 4) -> Losses:
             ids[k, :n], mask[k, :n] = torch.tensor(rows[i].input_ids), 1
             content[k, :n] = torch.tensor(rows[i].content)
         keep = content[:, 1:].any(0).nonzero().squeeze(1)
+        ids, mask, content, keep = (tensor.to(model.device) for tensor in (ids, mask, content, keep))
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits.float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:][:, keep], reduction="none")
         wanted = content[:, 1:][:, keep]
-        nll[members], count[members] = (losses * wanted).sum(1).numpy(), wanted.sum(1).numpy()
+        nll[members], count[members] = (losses * wanted).sum(1).cpu().numpy(), wanted.sum(1).cpu().numpy()
     return Losses(nll, count)
 
 
@@ -101,14 +102,22 @@ def variants(renderer: Renderer, split: str, bank: str, n: int | None, limits: L
     return made
 
 
+def precision() -> dict[str, str]:
+    """Where and in which numbers losses are measured: bfloat16 on a GPU, else float32."""
+    import torch
+
+    return {"device": "cuda", "dtype": "bfloat16"} if torch.cuda.is_available() else {"device": "cpu", "dtype": "float32"}
+
+
 def load(folder: Path | None, model: str) -> Any:
-    """The base, or a trained adapter over it; merged, since that is faster on a CPU."""
+    """The base, or a trained adapter over it, with `precision`; merged, since that is faster on a CPU."""
     import peft
     import torch
     import transformers
 
     where = assets.path(model) if model in assets.ASSETS else model
-    base = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+    chosen = precision()
+    base = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, chosen["dtype"])).to(chosen["device"])
     return peft.PeftModel.from_pretrained(base, folder).merge_and_unload() if folder else base
 
 
@@ -130,7 +139,7 @@ def settings(model: str, max_tokens: int, folders: Mapping[str, Path | None]) ->
     """What decides the losses under each adapter besides the conversations; of its weights the digest."""
     from usp_env.backends.digests import hash_folder
 
-    same = {"model": model, "max_tokens": max_tokens}
+    same = {"model": model, "max_tokens": max_tokens, **precision()}
     return {name: same | {"adapter": hash_folder(folder) if folder else None} for name, folder in folders.items()}
 
 

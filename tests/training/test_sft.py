@@ -237,7 +237,9 @@ def test_ratios_and_known_losses(tmp_path) -> None:
     }
 
 
-def test_known_losses_are_of_the_same_tokens_model_and_adapter(tmp_path) -> None:
+def test_known_losses_are_of_the_same_tokens_model_and_adapter(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(perplexity, "precision", lambda: {"device": "cpu", "dtype": "float32"})
+
     def rows(id: str, content: int) -> dict[str, list[Row]]:
         return dict.fromkeys(("profile", "none"), [Row(id, (0,) * 3, (0,) * 3, (True,) * content + (False,) * (3 - content))])
 
@@ -261,6 +263,41 @@ def test_known_losses_are_of_the_same_tokens_model_and_adapter(tmp_path) -> None
     for changed in ({"adapter": "other"}, {"model": "n"}, {"max_tokens": 640}):
         with pytest.raises(SpecError, match="usp / none: expected"):
             perplexity.known(file, rows("a", 2), settings(**changed))
+    monkeypatch.setattr(perplexity, "precision", lambda: {"device": "cpu", "dtype": "float16"})
+    with pytest.raises(SpecError, match="'dtype': 'float16'.*, got .*'dtype': 'float32'"):
+        perplexity.known(file, rows("a", 2), settings())
+
+
+def test_losses_are_measured_on_a_gpu_where_there_is_one(renderer, monkeypatch) -> None:
+    class Model:
+        device = torch.device("meta")
+
+        def eval(self) -> None:
+            seen.clear()
+
+        def __call__(self, **inputs: object) -> None:
+            seen.extend(sorted(name for name, value in inputs.items() if getattr(value, "is_meta", False)))
+            raise KeyboardInterrupt
+
+        def to(self, device: str) -> object:
+            seen.append(device)
+            return self
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        perplexity.measure(Model(), rows_of(renderer, TALK))
+    assert seen == ["attention_mask", "input_ids", "logits_to_keep"]
+    read = {"model": "m", "max_tokens": 800, "adapter": None}
+    for there, device, dtype in ((True, "cuda", torch.bfloat16), (False, "cpu", torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(
+            transformers.AutoModelForCausalLM, "from_pretrained", lambda folder, dtype: seen.append(dtype) or Model()
+        )
+        seen.clear()
+        perplexity.load(None, "somewhere")
+        assert seen == [dtype, device]
+        name = str(dtype).removeprefix("torch.")
+        assert perplexity.settings("m", 800, {"untuned": None})["untuned"] == read | {"device": device, "dtype": name}
 
 
 def test_an_adapter_in_the_working_folder_is_not_the_base(monkeypatch) -> None:
