@@ -4,16 +4,15 @@
     python -m training.goal_scorer --show 10 # fits nothing: prints 10 conversations with their scores, to be read
 
 Writes `usp_env/models/goal-minilm-v0.json`. Its figures are those of `usp_env/models/GOAL_SCORER.md`. Constants come from the
-first `--conversations` of the bank's `train` split, figures from all of `val`; reserved conversations are in neither. Used are
-the conversations whose profile has one detail for each user turn, in order: there, detail i is what turn i asks for.
+first `--conversations` (by id) of the bank's `train` split, figures from all of `val`; reserved conversations are in neither.
+Used are the conversations whose profile has one detail for each user turn, in order: there, detail i is what turn i asks for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from typing import Any
 import numpy as np
 
 import usp_env.models
+from training.conversations import of_split
 from usp_env.dialogue import Dialogue, Message
-from usp_env.models import assets, embedders
-from usp_env.profiles import Profile, ProfileBank, reserved_ids
+from usp_env.models import embedders
+from usp_env.profiles import Profile
 from usp_env.rewards.goal import (
     MAX_OVERLAP,
     MAX_SENTENCES,
@@ -60,28 +60,9 @@ class Case:
         return candidates(replies[i], tuple(self.turns[: i + 1] if said is None else said)) if i < len(replies) else ()
 
 
-def read_conversations(file: Path, ids: Collection[str]) -> dict[str, Dialogue]:
-    """The conversations with these ids; the file is cut off, so reading stops at its last complete object."""
-    text, decoder, gap = file.read_text("utf-8"), json.JSONDecoder(), re.compile(r"[\s,]*")
-    position = text.index("[") + 1
-    found: dict[str, Dialogue] = {}
-    while True:
-        match = gap.match(text, position)
-        try:
-            record, position = decoder.raw_decode(text, match.end() if match else position)
-        except json.JSONDecodeError:
-            return found
-        if record["id"] in ids:
-            found[record["id"]] = Dialogue.of(_message(m) for m in record["conversations"])
-
-
-def _message(record: dict[str, str]) -> Message:
-    return Message("user" if record["from"] == "human" else "assistant", record["value"])
-
-
-def aligned_cases(profiles: Sequence[Profile], conversations: dict[str, Dialogue]) -> list[Case]:
+def aligned_cases(pairs: Sequence[tuple[Profile, Dialogue]]) -> list[Case]:
     """The cases with one detail for each user turn."""
-    cases = [Case(p, conversations[p.id]) for p in profiles if p.id in conversations and p.id not in reserved_ids()]
+    cases = [Case(profile, dialogue) for profile, dialogue in pairs]
     return [case for case in cases if len(case.profile.task_details) == case.dialogue.turns]
 
 
@@ -231,19 +212,15 @@ def main() -> None:
     """Fit, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=250, help="of the train split, for the constants")
-    parser.add_argument("--data", type=Path, help="the conversations' JSON file; default: the fetched asset 'sharegpt'")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="fit nothing; print N conversations of val with scores")
     args = parser.parse_args()
 
-    train, val = ProfileBank.load("sharegpt", "train")[: args.conversations], list(ProfileBank.load("sharegpt", "val"))
-    file = args.data or next(assets.path("sharegpt").glob("ShareGPT*.json"))
-    conversations = read_conversations(file, {profile.id for profile in (*train, *val)})
     scorer = SimilarityScorer(NAME, embedders.load("minilm"), Calibration(0.0, 1.0, 1.0), cache_size=100_000)
-    held_out = aligned_cases(val, conversations)
+    held_out = aligned_cases(of_split("sharegpt", "val"))
     if args.show:
         scorer.calibration = Calibration.load(NAME)
         return show(scorer, held_out[: args.show])
-    fitted_on = aligned_cases(train, conversations)
+    fitted_on = aligned_cases(of_split("sharegpt", "train")[: args.conversations])
     scorer.calibration = calibration = fit(scorer.cosine, fitted_on)
     record = {
         "name": NAME,
