@@ -33,7 +33,8 @@ MIN_WORDS, MAX_WORDS = 10, 250  # of a paragraph; the packaged bank's have 35 to
 
 _EVIDENCE = re.compile(r"[,;]?\s*\b(?:(?:as )?evidenced|as shown|as suggested|as indicated) by\b:?\s*", re.IGNORECASE)
 _NOTHING = re.compile(
-    r"\s*(?:[a-z_ ]{2,25}:\s*)?(?:none|null|nil|n/?a|unknown|unspecified|unclear|inconclusive|undetermined"
+    r"\W*(?:likely|probably|possibly)?\W*"
+    r"|\s*(?:[a-z_ ]{2,25}:\s*)?(?:none|null|nil|n/?a|unknown|unspecified|unclear|inconclusive|undetermined"
     r"|not (?:explicitly |clearly |directly )?(?:mentioned|specified|provided|stated|applicable|available|clear|known|given)"
     r"|no (?:clear |explicit |direct )?(?:information|evidence|mention|indication|basis)(?: of .{1,40}| (?:on|about) .{1,40})?"
     r"|(?:cannot|can't|could not) be (?:determined|inferred))"
@@ -111,10 +112,10 @@ def meaningless(text: str | None) -> bool:
     """Whether a value says nothing.
 
     Example:
-        >>> [meaningless(t) for t in (None, " ", "Not mentioned.", "Age: unknown", "None of your siblings live near")]
-        [True, True, True, True, False]
+        >>> [meaningless(t) for t in (None, "...", "Not mentioned.", "Age: unknown", "Likely", "None of your siblings live near")]
+        [True, True, True, True, True, False]
     """
-    return text is None or not text.strip() or _NOTHING.fullmatch(text) is not None
+    return text is None or _NOTHING.fullmatch(text) is not None
 
 
 def parse_facts(text: str) -> dict[str, tuple[Claim, ...]]:
@@ -221,7 +222,7 @@ def _texts(value: Any, key: str) -> list[str]:
         return []
     if not isinstance(value, list) or not all(isinstance(item, str | None) for item in value):
         raise MalformedOutputError(f"{key!r} must be a list of texts")
-    return [item.strip() for item in value if not meaningless(item)]
+    return list(dict.fromkeys(item.strip() for item in value if not meaningless(item)))  # small models repeat themselves
 
 
 def _json_object(text: str, keys: Sequence[str]) -> dict[str, Any]:

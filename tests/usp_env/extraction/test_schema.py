@@ -41,8 +41,8 @@ def test_facts_lose_what_says_nothing_and_part_with_their_evidence() -> None:
         "age": None,
         "gender": ["Not mentioned in the conversation."],
         "location": ["Location: unknown", None, "Likely in Oslo, as evidenced by: asking for trams"],
-        "education": ["None", "N/A", "no information about schooling"],
-        "occupation": ["Likely a nurse; as suggested by night shifts", "Likely shows films shown by a club"],
+        "education": ["None", "N/A", "no information about schooling", "...", "Likely"],
+        "occupation": ["Likely a nurse; as suggested by night shifts", "Likely shows films shown by a club"] * 2,
         "family_relationships": ["None of the siblings live near"],
     }
     facts = schema.parse_facts(json.dumps(record))
