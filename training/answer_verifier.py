@@ -16,14 +16,14 @@ import numpy as np
 from training.auxiliary import Array, Clock, Person, auc, bootstrap, ece, platt, quick_reader, save, shown, write_card, youden
 from training.verifiers import SEED, Setting, balance, fit_network, idf_of, prefixed, prepare
 from usp_env.models import features, pairs
-from usp_env.models.scorers import ANSWER_EXTRAS, Head, answer_extras, answered, pair_matrix, read_weights, sigmoid
+from usp_env.models.scorers import ANSWER_EXTRAS, Head, about, answer_extras, pair_matrix, read_weights, sigmoid
 from usp_env.rewards.goal import MAX_SENTENCES, candidates, sentences
 
 TWIN_PEOPLE = 250
 BUILT = 200
 SHARES = {"answer": 0.5, "echo": 0.12, "spam": 0.08, "opener": 0.08, "stranger": 0.1, "neighbour": 0.06, "other reply": 0.06}
 GATE = (12.0, 0.3)
-"""Slope and middle of `answered`: of four, the one that won most built cases of val (.944; .927 without)."""
+"""Slope and middle of `about`: of four, the one that won most built cases of val (.944; .927 without)."""
 STOCK = (
     "Sure, I can help you with that!", "Let me know if you have any other questions.", "Here is the answer to your request:",
     "I hope this helps!", "That is a great question.", "As an AI language model, I do not have personal opinions.",
@@ -213,16 +213,12 @@ class Builder:
         """Features of the head `raised`, (n, f)."""
         return pair_matrix(self.read, self.idf, requests, [[text] for text in texts])
 
-    def raising(self, made: dict[str, Any]) -> Score:
-        """p(the user's turn makes the request) as a function of texts and requests."""
-        return lambda texts, requests: sigmoid(Head.read(made["tensors"], "raised")(self.raised(texts, requests)))
-
-    def answering(self, made: dict[str, Any]) -> Score:
-        """p(the sentence answers the request), likewise."""
+    def score(self, tensors: dict[str, Array], head: str, gate: Sequence[float] | None = None) -> Score:
+        """A head as a function of texts and requests."""
 
         def scored(texts: Sequence[str], requests: Sequence[str]) -> Array:
-            x = self.answer(texts, requests)
-            return answered(Head.read(made["tensors"], "answer")(x), x, made["gate"], made["calibration"])
+            x = getattr(self, head)(texts, requests)
+            return sigmoid(Head.read(tensors, head)(x)) * about(x, gate)
 
         return scored
 
@@ -230,24 +226,22 @@ class Builder:
 def fit(
     builder: Builder, train: list[Sentence], chosen: Sequence[Person], val: Sequence[Person], setting: Setting, lexical: bool
 ) -> dict[str, Any]:
-    """Tensors of both heads, the gate and what calibrates the gated answers on val, and the threshold of `raised`."""
+    """Tensors of both heads, calibrated on val, and the threshold of `raised`."""
     columns = LEXICAL if lexical else range(len(pairs.FEATURES) + len(ANSWER_EXTRAS))
     kinds = np.array([s.kind for s in train])
     x = builder.answer([s.text for s in train], [s.request for s in train])
     tensors = prefixed("answer", fit_network(x, kinds == "answer", balance(kinds, SHARES), (32, 16), SEED, columns))
     held = training_sentences(val, setting, SEED + 7)
     held_kinds = np.array([s.kind for s in held])
-    gate, x = None if lexical else GATE, builder.answer([s.text for s in held], [s.request for s in held])
-    p = np.clip(answered(Head.read(tensors, "answer")(x), x, gate), 1e-4, 1 - 1e-4)
-    calibration = platt(np.log(p / (1 - p)), held_kinds == "answer", balance(held_kinds, SHARES) * len(held))
+    z = Head.read(tensors, "answer")(builder.answer([s.text for s in held], [s.request for s in held]))
+    _scale_last(tensors, "answer", platt(z, held_kinds == "answer", balance(held_kinds, SHARES) * len(held)))
     requests, texts, y, _ = raising_pairs(chosen, SEED)
     own = [c for c in columns if c < len(pairs.FEATURES)]
     tensors |= prefixed("raised", fit_network(builder.raised(texts, requests), y, np.ones(len(y)), (24,), SEED, own))
     requests, texts, y, _ = raising_pairs(val, SEED + 1)
     z = Head.read(tensors, "raised")(builder.raised(texts, requests))
     _scale_last(tensors, "raised", platt(z, y, np.ones(len(y))))
-    made = {"tensors": tensors, "gate": gate, "calibration": calibration}
-    return made | {"raised": youden(builder.raising(made)(texts, requests), y)}
+    return {"tensors": tensors, "raised": youden(builder.score(tensors, "raised")(texts, requests), y)}
 
 
 def _scale_last(tensors: dict[str, Array], head: str, scaling: tuple[float, float]) -> None:
@@ -277,8 +271,8 @@ def train_answers(cache: Path | None, tune: bool, n_people: int) -> None:
         print(json.dumps(report(main, words, made, twin, val, setting, None), indent=1))
         return
     for name, model, n in (("answer-v1", made, len(main_people)), ("answer-v1-twin", twin, len(twin_people))):
-        meta = {key: model[key] for key in ("raised", "gate", "calibration") if model[key] is not None}
-        save(name, {"idf": idf, **model["tensors"]}, {"seed": SEED, "people": n, **meta})
+        gate = {"gate": GATE} if name == "answer-v1" else {}
+        save(name, {"idf": idf, **model["tensors"]}, {"seed": SEED, "people": n, "raised": model["raised"], **gate})
         model["tensors"] = read_weights(name)[0]
     figures = report(main, words, made, twin, test, setting, BUILT)
     figures["trained on"] = {"people": len(main_people), "twin": len(twin_people)}
@@ -299,21 +293,19 @@ def report(
     """All figures on the chosen."""
     cases = built_cases(chosen, n, SEED)
     column = pairs.FEATURES.index("cos max")
-    score = main.answering(made)
+    score = main.score(made["tensors"], "answer", GATE)
     figures: dict[str, Any] = {
         "answer-v1": judge(score, cases),
-        "answer-v1-twin": judge(words.answering(twin), cases),
+        "answer-v1-twin": judge(words.score(twin["tensors"], "answer"), cases),
         "MiniLM": judge(lambda texts, requests: main.raised(texts, requests)[:, column], cases),
     }
     held = training_sentences(chosen, setting, SEED + 9)
     p, y = score([s.text for s in held], [s.request for s in held]), np.array([s.kind == "answer" for s in held])
     clusters = [s.cluster for s in held]
-    # On the mix that it is calibrated for: half true.
-    weight = balance(np.array([s.kind for s in held]), SHARES) * len(held)
-    figures["ECE, sentences"] = bootstrap(clusters, lambda i: ece(p[i], y[i], weight[i]))
+    figures["ECE, sentences"] = bootstrap(clusters, lambda i: ece(p[i], y[i]))
     figures["AUC, sentences"] = bootstrap(clusters, lambda i: auc(p[i], y[i]))
     requests, texts, y2, own = raising_pairs(chosen, SEED + 3)
-    raising = main.raising(made)
+    raising = main.score(made["tensors"], "raised")
     q, cosine = raising(texts, requests), main.raised(texts, requests)[:, column]
     figures["raised"] = {
         "AUC": bootstrap(own, lambda i: auc(q[i], y2[i])),
@@ -366,6 +358,9 @@ their own turn {raised["first recognised"]["right"]:.0%}, earlier {raised["first
 
 - It tells an answer from what is none (echo, keywords, announcements, other topics); it cannot tell a right answer from a wrong one
   of the same kind, and another reply of the same conversation is often taken for an answer.
+- The score is a product: the network is calibrated, the factor on the cosine comes after it, so that true answers get less than their
+  probability (.58 on average where .82 would be calibrated, and a calibration error of .18 where half the sentences are true). Calibrated as a whole it would
+  give an essay about something else .42 in place of .08, by its best of eight sentences: worse as a reward.
 - Requests that live from the conversation before them ("continue") have nothing in them that an answer could match.
 - Trained on the ChatGPT of 2023 as the one who answers. English.
 """  # noqa: E501 - a table row is a line

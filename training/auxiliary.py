@@ -94,13 +94,12 @@ def macro_f1(predicted: Array, labels: Array) -> float:
     return float(np.mean(each))
 
 
-def ece(probabilities: Array, labels: Array, weight: Array | None = None, bins: int = 10) -> float:
-    """Expected calibration error over equal-width bins: Σ n_b/n |mean p − share of positives| (Naeini et al., 2015), weighted."""
+def ece(probabilities: Array, labels: Array, bins: int = 10) -> float:
+    """Expected calibration error over equal-width bins: Σ n_b/n |mean p − share of positives| (Naeini et al., 2015)."""
     p, labels = np.asarray(probabilities, float), np.asarray(labels, float)
-    w = np.ones_like(p) if weight is None else np.asarray(weight, float)
     place = np.minimum((p * bins).astype(int), bins - 1)
-    gaps = [abs((w * (p - labels))[place == b].sum()) for b in range(bins)]
-    return float(sum(gaps) / w.sum())
+    gaps = [abs(p[place == b].sum() - labels[place == b].sum()) for b in range(bins)]
+    return float(sum(gaps) / len(p))
 
 
 def youden(scores: Array, labels: Array) -> float:

@@ -35,8 +35,6 @@ def test_ece() -> None:
     # bin [.9, 1]: two at .95, one of them true -> |1.9 − 1|; bin [.1, .2): .15, false -> .15; Σ/n = (.9 + .15)/3
     assert ece(np.array([0.95, 0.95, 0.15]), np.array([1, 0, 0])) == pytest.approx(0.35)
     assert ece(np.array([1.0, 0.0]), np.array([1, 0])) == 0
-    # Bins .9 to 1 (|3 * -.05 + 1 * .95| = .8) and .1 to .2 (|2 * .15| = .3), over a weight of 6.
-    assert ece(np.array([0.95, 0.95, 0.15]), np.array([1, 0, 0]), np.array([3, 1, 2])) == pytest.approx(1.1 / 6)
 
 
 def test_youden_lies_between_the_scores_it_separates() -> None:

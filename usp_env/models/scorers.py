@@ -226,7 +226,7 @@ class AnswerScorer:
     Args:
         name: Of the weights.
         tensors: See `training.verifiers`.
-        meta: `raised`, the probability from which a user turn counts as making a request; `gate`, `calibration`: see `answered`.
+        meta: `raised`, the probability from which a user turn counts as making a request; `gate`, see `about`.
         read: Texts to `TextState`.
     """
 
@@ -269,35 +269,24 @@ class AnswerScorer:
         x = pair_matrix(self._read, self._idf, requests, [[text] for text in texts])
         if head == "answer":
             x = np.hstack([x, answer_extras(self._read, self._idf, texts, requests)])
-            return answered(self._heads[head](x), x, self.meta.get("gate"), self.meta.get("calibration"))
+            return np.round(sigmoid(self._heads[head](x)) * about(x, self.meta.get("gate")), 4)
         return sigmoid(self._heads[head](x))
 
 
-def answered(
-    z: FloatArray, x: Array, gate: Sequence[float] | None = None, calibration: Sequence[float] | None = None
-) -> FloatArray:
-    """p(sentence answers request): σ(a · logit(σ(z) · σ(slope · (cosine − middle))) + b), (n,), in [0, 1].
+def about(x: Array, gate: Sequence[float] | None) -> FloatArray:
+    """How far each sentence is about its request at all, (n,), in [0, 1]: σ(slope · (cosine − middle)); 1 without a gate.
 
-    A network that knows answers from echoes and stock phrases trusts sentences about anything; the second factor, how far the
-    sentence is about the request at all, does not. What comes of both is calibrated.
+    A network that knows answers from echoes and stock phrases trusts sentences about anything; this factor does not. The network
+    alone is calibrated; its product with this is a score, lower than a probability, that keeps essays about something else down.
 
     Args:
-        z: The network's logits, (n,).
         x: Features of the pairs (`pairs.FEATURES` first), (n, f).
-        gate: Slope and middle; None leaves the factor out.
-        calibration: a and b, Platt's scaling; None: 1 and 0.
-
-    Example:
-        >>> answered(np.zeros(1), np.zeros((1, len(pairs.FEATURES))), calibration=(1.0, float(np.log(3)))).round(4)
-        array([0.75])
+        gate: Slope and middle.
     """
-    odds = np.exp(-np.clip(z, -30, 30))  # against: 1 / p − 1
-    if gate is not None:
-        slope, middle = gate
-        far = np.exp(-slope * (x[:, pairs.FEATURES.index("cos max")].astype(np.float64) - middle))
-        odds = (1 + odds) * (1 + far) - 1
-    a, b = calibration or (1.0, 0.0)
-    return sigmoid(b - a * np.log(odds))
+    if gate is None:
+        return np.ones(len(x))
+    slope, middle = gate
+    return 1 / (1 + np.exp(-slope * (x[:, pairs.FEATURES.index("cos max")].astype(np.float64) - middle)))
 
 
 ANSWER_EXTRAS = (

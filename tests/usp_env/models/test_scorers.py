@@ -320,13 +320,8 @@ def test_states_do_not_depend_on_company() -> None:
     assert alone.ids.tolist() == beside.ids.tolist()
 
 
-def test_the_gate_of_the_answer_scorer_and_its_calibration() -> None:
+def test_the_gate_of_the_answer_scorer() -> None:
     x = np.zeros((3, len(pairs.FEATURES)))
     x[:, pairs.FEATURES.index("cos max")] = [0.3, 0.3 + np.log(3) / 12, -1]
-    z = np.array([30.0, np.log(4), 30.0])  # p = 1, .8, 1
-    np.testing.assert_allclose(scorers.answered(z, x, (12.0, 0.3)), [0.5, 0.8 * 0.75, 0], atol=1e-4)
-    np.testing.assert_allclose(scorers.answered(z, x), [1, 0.8, 1], atol=1e-4)
-    # Odds of 1 and 1.5, squared and trebled.
-    np.testing.assert_allclose(
-        scorers.answered(z, x, (12.0, 0.3), (2.0, np.log(3)))[:2], [3 / 4, 3 * 2.25 / (1 + 3 * 2.25)], atol=1e-4
-    )
+    np.testing.assert_allclose(scorers.about(x, (12.0, 0.3)), [0.5, 0.75, 1 / (1 + np.exp(15.6))])
+    assert scorers.about(x, None).tolist() == [1, 1, 1]
