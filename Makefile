@@ -44,7 +44,7 @@ fetch: .venv/ready
 	.venv/bin/usp-env fetch
 
 demo: fetch
-	.venv/bin/usp-env play --user usp-mini --assistant smollm2-135m --population all --episodes 10 --turns 4 --seed 0 \
+	.venv/bin/usp-env play --user usp-mini --assistant smollm2-135m --population all --episodes 10 --turns 8 --seed 0 \
 		--out runs/demo --overwrite
 	.venv/bin/usp-env report runs/demo
 
