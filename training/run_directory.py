@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from usp_env.errors import RunDirectoryError
+from usp_env.files import write_whole
 
 ARGUMENTS = "arguments.json"  # what a run directory is trained with
 FREE = ("out", "resume", "gradient_checkpointing")  # arguments that change nothing of what is trained
@@ -33,11 +35,44 @@ def last_checkpoint(args: argparse.Namespace) -> str | None:
         raise RunDirectoryError(f"--out {args.out} holds checkpoints of an earlier run: take another, or --resume to go on")
     if not (args.out / ARGUMENTS).is_file():
         raise RunDirectoryError(f"--out {args.out} holds checkpoints and no {ARGUMENTS}, so what they are of: take another")
-    known, wanted = json.loads((args.out / ARGUMENTS).read_text("utf-8")), arguments(args)
-    keys = sorted({*known, *wanted}.difference(FREE))
+    check_same(args, FREE)
+    return checkpoint
+
+
+def check_same(args: argparse.Namespace, free: Sequence[str]) -> None:
+    """Whether a run that goes on was begun with these arguments.
+
+    Args:
+        args: With `out`.
+        free: Arguments that may differ.
+
+    Raises:
+        RunDirectoryError: It was not; the message names each difference.
+    """
+    known, wanted = json.loads((args.out / ARGUMENTS).read_text("utf-8")), json.loads(json.dumps(arguments(args)))
+    keys = sorted({*known, *wanted}.difference(free))
     if differ := [f"{key} {known.get(key)!r}, now {wanted.get(key)!r}" for key in keys if known.get(key) != wanted.get(key)]:
         raise RunDirectoryError(f"--resume: {args.out} was begun with other arguments: {'; '.join(differ)}")
-    return checkpoint
+
+
+def begin(args: argparse.Namespace, free: Sequence[str], writes: bool) -> None:
+    """Take the run directory, or see that the run that goes on in it is this one.
+
+    Args:
+        args: With `out` and `resume`.
+        free: Arguments that may differ when a run goes on.
+        writes: Whether this process is the one that writes.
+
+    Raises:
+        RunDirectoryError: `out` holds something and `--resume` was not given, or a run with other arguments.
+    """
+    if (args.out / ARGUMENTS).is_file() and args.resume:
+        return check_same(args, free)
+    if args.out.is_dir() and any(args.out.iterdir()):
+        raise RunDirectoryError(f"--out {args.out} holds files of something else: take another, or --resume what was begun there")
+    if writes:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_whole(args.out / ARGUMENTS, json.dumps(arguments(args), indent=1) + "\n")
 
 
 def spent(checkpoint: str | None) -> float:

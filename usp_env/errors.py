@@ -10,6 +10,7 @@
     ├── CallOrderError          `step` before `reset`, or after the end (also Gymnasium's `ResetNeeded`)
     ├── MissingAssetError       weights or data that have to be fetched first
     ├── MissingExtraError       an optional dependency that is not installed (also an `ImportError`)
+    ├── TrainingError           training cannot go on: a loss that is not finite, a checkpoint that cannot be read
     ├── CacheMissError          a request that a strict replay cache does not hold
     └── BackendError            a model or server failed after its retries: the episode's `infra_failure`
 
@@ -65,6 +66,10 @@ class MissingExtraError(UspError, ImportError):
 
 class CacheMissError(UspError, LookupError):
     """A strict replay cache was asked for a generation that it does not hold."""
+
+
+class TrainingError(UspError, RuntimeError):
+    """A training run cannot go on; the message says what was found and where to resume."""
 
 
 class BackendError(UspError, RuntimeError):
