@@ -100,10 +100,8 @@ class Rlcc:
 
     def _conductor(self, sampler: Sampler) -> Conductor:
         reward = self.args.reward or "+".join(f"{weight:g}*{name}" for name, weight in self.weights.items() if weight)
-        assistant = assistants.load(self.args.assistant)
-        return make_conductor(
-            assistant, sampler, reward, "user", population=sampler.populations[0], max_turns=self.args.turns
-        )
+        assistant, population = assistants.load(self.args.assistant), sampler.populations[0]
+        return make_conductor(assistant, sampler, reward, "user", population=population, max_turns=self.args.turns)
 
     @property
     def main(self) -> bool:
@@ -131,14 +129,14 @@ class Rlcc:
         args = self.args
         self._resume()
         if args.tracker:
-            self.accelerator.init_trackers(
-                "rlcc", config={k: v for k, v in arguments(args).items() if isinstance(v, str | int | float)}
-            )
+            told = {key: value for key, value in arguments(args).items() if isinstance(value, str | int | float)}
+            self.accelerator.init_trackers("rlcc", config=told)
         started = time.monotonic() - self.state["seconds"]
         self._agree()
         if self.state["step"] == 0 and args.validate_every and not self.stopping:
             first = {"step": 0, **self.validate()}
             self._write(lambda: self.log.note(0, first))
+            self._compare(first)
         while self.state["step"] < args.updates and not self.stopping:
             step = self.state["step"]
             record = self.update(step)
@@ -167,8 +165,8 @@ class Rlcc:
         if not (total := int(sum(gather_object([len(play.rows)])))):
             causes = "; ".join(sorted({str(e.error) for e in play.episodes if e.error})) or dict(play.outcomes)
             raise TrainingError(
-                f"update {step}: none of {len(specs)} dialogues may be learnt from ({causes}); mend the response model or the "
-                f"reward, then --resume: {args.out} holds every update before this one"
+                f"update {step + 1}: none of {len(specs)} dialogues may be learnt from ({causes}); mend the response model or "
+                "the reward, then --resume from the last checkpoint"
             )
         stats = self.learner.update(play.rows, play.credit, step, args.updates)
         self._forget()
@@ -216,14 +214,21 @@ class Rlcc:
             self._stop(f"stopped: KL {record['kl']:.3f} nats a token, --stop-kl {args.stop_kl}")
         if args.stop_minutes and self.state["seconds"] > 60 * args.stop_minutes:
             self._stop(f"stopped: {args.stop_minutes:g} minutes are over")
-        if np.isfinite(now := record.get("val_r_dpc", float("nan"))):  # nobody could be scored: that tells nothing
-            better = self.state["best"] is None or now > self.state["best"]
-            self.state |= {"best": now, "stale": 0} if better else {"stale": self.state["stale"] + 1}
-            if better:
-                self._write(lambda: self._save(args.out / "best"))
-            if args.patience and self.state["stale"] >= args.patience:
-                self._stop(f"stopped: r-DPC on val has not risen for {args.patience} validations")
+        self._compare(record)
+        if args.patience and self.state["stale"] >= args.patience:
+            self._stop(f"stopped: r-DPC on val has not risen for {args.patience} validations")
         self._agree()
+
+    def _compare(self, record: Mapping[str, float]) -> None:
+        """Keep the policy with the best validation; the one that training begins with is the first to beat."""
+        now = record.get("val_r_dpc", float("nan"))
+        if not np.isfinite(now):  # no validation, or nobody could be scored: that tells nothing
+            return
+        if self.state["best"] is None or now > self.state["best"]:
+            self.state |= {"best": now, "stale": 0}
+            self._write(lambda: self._save(self.args.out / "best"))
+        else:
+            self.state["stale"] += 1
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import warnings
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from usp_env.dialogue import Dialogue
-from usp_env.errors import BackendError
+from usp_env.errors import BackendError, UspError
 from usp_env.profiles import Profile
 from usp_env.records import RewardTerms
 
@@ -71,7 +72,7 @@ def llama(vocabulary: int, seed: int = 0, size: int = 16):
         vocab_size=vocabulary,
         hidden_size=size,
         intermediate_size=2 * size,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=2048,
@@ -86,7 +87,7 @@ def llama(vocabulary: int, seed: int = 0, size: int = 16):
 
 
 def make(folder: Path) -> Path:
-    """A home with the real assets and a fitted sampler, a bank, a model: all that a run needs. Sets `USP_ENV_HOME`."""
+    """All that a run needs: a bank and its fitted sampler in a home with the real assets, which `USP_ENV_HOME` then names."""
     from usp_env.models import assets
     from usp_env.sampling import load_sampler
 
@@ -101,7 +102,10 @@ def make(folder: Path) -> Path:
         {
             "id": f"p{i}",
             "split": "val" if i > 11 else "train",
-            "profile": {"objective": f"You {trade} in town {i}.", "subjective": f"You write {'!' * i} like someone who can {trade}."},
+            "profile": {
+                "objective": f"You {trade} in town {i}.",
+                "subjective": f"You write {'!' * i} like someone who can {trade}.",
+            },
         }
         for i, trade in enumerate(trades)
     ]
@@ -131,6 +135,7 @@ def options(world: Path, out: Path, **more: object) -> list[str]:
         "turns": 2,
         "max_tokens": 6,
         "minibatch": 2,
+        "micro": 4,
         "lr": 0.01,
         "critic_lr": 0.01,
         "stop_kl": 1e9,
@@ -141,5 +146,43 @@ def options(world: Path, out: Path, **more: object) -> list[str]:
     }
     words = []
     for name, value in given.items():
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return words
+
+
+def train(words: list[str], variables: dict[str, str] | None = None) -> None:
+    """A run in a process of its own."""
+    import torch
+
+    os.environ |= variables or {}
+    torch.set_num_threads(1)
+    rlcc = importlib.import_module("training.rlcc")
+    if "RANK" not in os.environ:
+        return rlcc.main(words)
+    args = rlcc.parser(None).parse_args(words)
+    told = args.out.with_name(f"rank-{os.environ['RANK']}.pt")
+    try:
+        run = rlcc.Rlcc(args)
+        run.run()
+    except UspError as error:
+        return torch.save(f"{type(error).__name__}: {error}", told)
+    torch.save({f"{part}|{name}": p.data for part, named in run.learner.parts.items() for name, p in named.items()}, told)
+
+
+def records(out: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl` without what a clock gave."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if not key.endswith("_seconds")} for line in lines]
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """What a run holds byte by byte; of what a clock has a part in, the rest."""
+    found = {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+    found["metrics.jsonl"] = json.dumps(records(out)).encode()
+    for name in [name for name in found if name.endswith("state.json")]:
+        state = json.loads(found[name])
+        found[name] = json.dumps({key: value for key, value in state.items() if key != "seconds"}).encode()
+    for name in [name for name in found if name.endswith("arguments.json")]:
+        del found[name]  # it names the folder
+    return found
