@@ -276,6 +276,8 @@ class Prepared:
             "behaviour_mismatch": mismatch,
             "value": value,
             "return": mean_return,
+            "advantage": mean_return - value,  # before it is whitened
+            "advantage_std": max(0.0, error - (mean_return - value) ** 2) ** 0.5,
             "explained_variance": 1 - error / variance if variance > 1e-12 else float("nan"),
         }
 

@@ -37,7 +37,8 @@ def load_actor(args: argparse.Namespace, device: Any) -> tuple[ActorCritic, Any]
         folder = assets.path(args.policy)
     if args.full and adapter is not None:
         raise SpecError("--full trains a whole model: merge --adapter into it first, or leave --full out")
-    dtype = torch.float32 if args.full else torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype, None)
+    name = args.dtype if args.dtype != "auto" else "bfloat16" if torch.cuda.is_available() else "float32"
+    dtype = torch.float32 if args.full else getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise SpecError(f"--dtype: expected auto, float32 or bfloat16, got {args.dtype!r}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

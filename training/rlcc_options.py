@@ -20,7 +20,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     who.add_argument("--adapter", help="the SFT policy's LoRA adapter over --policy")
     who.add_argument("--full", action="store_true", help="train every weight, with a critic of its own")
     who.add_argument("--rank", type=int, default=16, help="of new LoRA matrices, where there is no SFT adapter to go on with")
-    who.add_argument("--dtype", default="auto", help="of the frozen base: auto is bfloat16; --full trains in float32")
+    who.add_argument("--dtype", default="auto", help="of the base: auto is bfloat16, on a CPU float32; with --full float32")
     who.add_argument("--assistant", default="smollm2-135m?max_tokens=128", help="the response model, which stays as it is")
     who.add_argument("--kind", default="usp", choices=("usp", "plato"), help="whether the policy reads the profile")
 
