@@ -112,7 +112,7 @@ class Learner:
     def prepare(self, rows: Sequence[Row], credit: Sequence[Sequence[float]]) -> Prepared:
         """Everything that is computed once, before the weights move: old, reference, values, advantages, returns."""
         if not rows:
-            return Prepared.empty(self.settings, self._sum)
+            return Prepared.empty(self.accelerator.device, self._sum)
         whole = Rows.of(rows, self.accelerator.device)
         old, reference, values, spread = (torch.zeros_like(whole.behaviour) for _ in range(4))
         with torch.no_grad():
@@ -243,10 +243,10 @@ class Prepared:
     returns: Tensor
 
     @classmethod
-    def empty(cls, settings: Settings, total: Any) -> Prepared:
-        """Of a process without a valid dialogue; it takes part in every sum."""
-        none = torch.zeros(0, 0)
-        total(ppo.moments(none, none.bool()))
+    def empty(cls, device: Any, total: Any) -> Prepared:
+        """Of a process without a valid dialogue; it takes part in every sum, on its own device."""
+        none = torch.zeros(0, 0, device=device)
+        total(none.new_zeros(3, dtype=torch.float64))  # its `ppo.moments`
         return cls([], None, *(none for _ in range(6)))
 
     def part(self, chosen: Sequence[int], device: Any) -> tuple[Rows, Mapping[str, Tensor]]:
@@ -258,7 +258,7 @@ class Prepared:
 
     def stats(self, total: Any) -> dict[str, float]:
         """Means over own tokens of all processes."""
-        own = torch.zeros(0, 0, dtype=torch.bool) if self.whole is None else self.whole.own
+        own = self.old.bool() if self.whole is None else self.whole.own
         behaviour = self.old if self.whole is None else self.whole.behaviour
         kl = ppo.kl_estimate(self.old, self.reference)
         sums = [self.old, kl, ppo.kl_estimate(self.old, self.reference, "k3"), self.entropy, (self.old - behaviour).abs()]
@@ -266,7 +266,7 @@ class Prepared:
         found = total(torch.stack([x[own].double().sum() for x in sums] + [own.sum().double()]))
         *means, _ = (found / found[-1].clamp(min=1)).tolist()
         logp, k1, k3, spread, mismatch, value, mean_return, squares, error = means
-        variance = squares - mean_return**2
+        variance, residual = squares - mean_return**2, error - (mean_return - value) ** 2
         return {
             "own_tokens": float(found[-1]),
             "log_prob": logp,
@@ -276,7 +276,7 @@ class Prepared:
             "behaviour_mismatch": mismatch,
             "value": value,
             "return": mean_return,
-            "explained_variance": 1 - error / variance if variance > 1e-12 else float("nan"),
+            "explained_variance": 1 - residual / variance if variance > 1e-12 else float("nan"),
         }
 
 
