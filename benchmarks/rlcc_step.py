@@ -75,10 +75,10 @@ def section(args: argparse.Namespace) -> Section:
     (one, few), (other, many) = taken.values()
     turns = statistics.mean(row.utterances for row in play.rows)
     text = (
-        f"Seconds, median of {args.updates} updates of {args.dialogues} dialogues of at most {args.turns} turns, after one that is "
-        f"left out; peak memory {peak:.1f} GiB, models of the reward and the assistant included. The last two rows: the same "
-        f"recorded rollout ({turns:.1f} utterances a dialogue) in both forms, {many / few:.2f} times the tokens and {other / one:.2f} "
-        f"times the seconds for the reference's form, where (K + 1) / 2 is {(turns + 1) / 2:.2f}."
+        f"Seconds, median of {args.updates} updates of {args.dialogues} dialogues of at most {args.turns} turns, after one that "
+        f"is left out; peak memory {peak:.1f} GiB, models of the reward and the assistant included. The last two rows: the same "
+        f"recorded rollout ({turns:.1f} utterances a dialogue) in both forms. The reference's has {many / few:.2f} times the tokens "
+        f"and takes {other / one:.2f} times as long; (K + 1) / 2 is {(turns + 1) / 2:.2f}."
     )
     return Section("An update of RLCC", command_line("rlcc_step", parser(), args), ["part", "s", "tokens"], rows, text)
 
