@@ -77,8 +77,8 @@ def section(args: argparse.Namespace) -> Section:
     text = (
         f"Seconds, median of {args.updates} updates of {args.dialogues} dialogues of at most {args.turns} turns, after one that "
         f"is left out; peak memory {peak:.1f} GiB, models of the reward and the assistant included. The last two rows: the same "
-        f"recorded rollout ({turns:.1f} utterances a dialogue) in both forms. The reference's has {many / few:.2f} times the tokens "
-        f"and takes {other / one:.2f} times as long; (K + 1) / 2 is {(turns + 1) / 2:.2f}."
+        f"recorded rollout ({turns:.1f} utterances a dialogue) in both forms. The reference's has {many / few:.2f} times the "
+        f"tokens and takes {other / one:.2f} times as long; (K + 1) / 2 is {(turns + 1) / 2:.2f}."
     )
     return Section("An update of RLCC", command_line("rlcc_step", parser(), args), ["part", "s", "tokens"], rows, text)
 
