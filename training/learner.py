@@ -22,6 +22,7 @@ from torch import Tensor
 from agents.actor_critic import ActorCritic, Part, Rows, scatter
 from agents.rows import Row
 from training import ppo
+from training.run_log import Clock
 from usp_env.errors import TrainingError
 
 
@@ -97,8 +98,10 @@ class Learner:
         Raises:
             TrainingError: A loss or a gradient was not finite; the weights are those before the step that found it.
         """
+        clock = Clock()
         batch = self.prepare(rows, credit)
         stats = batch.stats(self._sum)
+        clock.lap("log_prob_seconds")
         steps: list[dict[str, float]] = []
         for epoch in range(self.settings.epochs):
             for chosen in self._minibatches(len(rows), step, epoch, credit):
@@ -107,7 +110,8 @@ class Learner:
             stats[key] = float(np.mean([one[key] for one in steps]))
         if steps:
             stats["first_ratio_error"], stats["first_clip_fraction"] = steps[0]["ratio_error"], steps[0]["clip_fraction"]
-        return stats
+        clock.lap("update_seconds")
+        return stats | clock.laps
 
     def prepare(self, rows: Sequence[Row], credit: Sequence[Sequence[float]]) -> Prepared:
         """Everything that is computed once, before the weights move: old, reference, values, advantages, returns."""

@@ -51,7 +51,6 @@ from usp_env.evaluation.scorers import load as load_scorers
 from usp_env.models.assets import ASSETS
 from usp_env.records import EpisodeSpec
 from usp_env.rendering import Renderer
-from usp_env.rollout import roll
 from usp_env.sampling import load_sampler
 
 FREE = ("out", "resume", "stop_minutes", "stop_kl", "patience", "tracker", "lanes", "dialogues_every", "checkpoint_every")
@@ -99,9 +98,8 @@ class Rlcc:
 
     def _conductor(self, split: str) -> Conductor:
         reward = self.args.reward or "+".join(f"{weight:g}*{name}" for name, weight in self.weights.items() if weight)
-        return make_conductor(
-            assistants.load(self.args.assistant), load_sampler(self.args.bank, split), reward, "user", max_turns=self.args.turns
-        )
+        assistant, sampler = assistants.load(self.args.assistant), load_sampler(self.args.bank, split)
+        return rollouts.late(make_conductor(assistant, sampler, reward, "user", max_turns=self.args.turns))
 
     @property
     def main(self) -> bool:
@@ -145,8 +143,7 @@ class Rlcc:
         population = "density" if args.real_profiles else "virtual"
         specs = rollouts.specs_of(self.pool, step, args.dialogues, args.seed, population)
         mine = specs[self.accelerator.process_index :: self.accelerator.num_processes]
-        play = rollouts.roll_out(self.conductor, self.speaker, mine, args.lanes)
-        clock.lap("rollout_seconds")  # rewards are part of it: each dialogue is scored where it ends
+        play = rollouts.roll_out(self.conductor, self.speaker, mine, args.lanes, clock)
         if step % args.dialogues_every == 0:
             self.log.keep(step, play.episodes, {"user": "policy", "assistant": self.conductor.partner.spec})
         if not (total := int(sum(gather_object([len(play.rows)])))):
@@ -157,7 +154,7 @@ class Rlcc:
             )
         stats = self.learner.update(play.rows, play.credit, step, args.updates)
         self.backend.forget()
-        clock.lap("update_seconds")
+        clock.skip()
         everyone: list[Episode] = gather_object(list(play.episodes))
         scored = [episode for episode in everyone if episode.outcome == "completed"]
         found = {"step": step + 1, "dialogues": len(everyone), "learnt": total, "invalid": sum(not e.valid for e in everyone)}
@@ -174,9 +171,9 @@ class Rlcc:
         people = rng.permutation(len(self.validation.sampler.bank))[: self.args.validate_n]
         specs = [EpisodeSpec(self.validation.sampler.bank[int(i)].id, "uniform", int(rng.integers(2**53))) for i in people]
         mine = specs[self.accelerator.process_index :: self.accelerator.num_processes]
-        played = roll(self.validation, self.speaker, mine, self.args.lanes)
-        self.speaker.forget()
-        everyone: list[Episode] = gather_object(played)
+        everyone: list[Episode] = gather_object(
+            list(rollouts.roll_out(self.validation, self.speaker, mine, self.args.lanes).episodes)
+        )
         scored = sorted((e for e in everyone if e.outcome == "completed"), key=lambda e: e.id)
         means = {name: float(np.nanmean(values)) for name, values in consistencies(scored, self.scorers).items()}
         found = {**means, **reward_terms(scored, self.weights), **guards(scored, self.scorers)}
