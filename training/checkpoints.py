@@ -12,11 +12,12 @@ disk that is full, leaves the one before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,23 +72,13 @@ class Checkpoints:
         Raises:
             TrainingError: It cannot be written; the checkpoint before is as it was.
         """
-        place, fresh = self.folder / f"step-{step:06d}", self.folder / f".step-{step:06d}.new"
-        try:
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
+        place = self.folder / f"step-{step:06d}"
+        with whole(place) as fresh:
             for name, named in tensors.items():
                 save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, fresh / f"{name}.safetensors")
             digests = {name: _digest(fresh / f"{name}.safetensors") for name in tensors}
             (fresh / STATE).write_text(json.dumps({**state, "digests": digests}, indent=1) + "\n", "utf-8")
-            for file in fresh.iterdir():
-                _flush(file)
-            shutil.rmtree(place, ignore_errors=True)
-            fresh.rename(place)
-            _flush(self.folder)
-        except Exception as error:  # safetensors has an error of its own for a full disk
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise TrainingError(f"checkpoint {place}: it cannot be written ({error}); make room, then --resume") from error
-        for old in self._found()[:-KEPT]:
+        for old in (*self._found()[:-KEPT], *self.folder.glob(".step-*.new")):
             shutil.rmtree(old, ignore_errors=True)
         return place
 
@@ -108,6 +99,28 @@ class Checkpoints:
 
     def _found(self) -> list[Path]:
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+
+
+@contextlib.contextmanager
+def whole(place: Path) -> Iterator[Path]:
+    """A folder to write into, which is then flushed to the disk and takes its place; `place` is never half written.
+
+    Raises:
+        TrainingError: It cannot be written; what was there before is as it was.
+    """
+    fresh = place.with_name(f".{place.name}.new")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        yield fresh
+        for path in (*fresh.iterdir(), fresh):
+            _flush(path)
+        shutil.rmtree(place, ignore_errors=True)
+        fresh.rename(place)
+        _flush(place.parent)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise TrainingError(f"{place} cannot be written ({error}); mend that, then --resume") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:

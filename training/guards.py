@@ -32,15 +32,15 @@ def guards(episodes: Sequence[Episode], scorers: Scorers) -> dict[str, float]:
     said = [m for episode in episodes for m in episode.messages if m.role == "user" and m.token_ids is not None]
     twin = scorers.human.twin or scorers.human.model
     return {
-        "turns": _mean([len(own) for own in texts]),
-        "words": _mean([len(turn.split()) for own in texts for turn in own]),
-        "cut_off": _mean([m.finish_reason == "length" for m in said]),
-        "ended_by_user": _mean([episode.end_reason == "user_ended" for episode in episodes]),
-        "early_stopped": _mean(continuity.early_stopped(turns)) if turns else float("nan"),
-        "copy_rate": _mean(continuity.copied_from_profile(turns, profiles)) if turns else float("nan"),
-        "role_drift": _mean(continuity.role_drift(turns, scorers.human.model)) if turns else float("nan"),
-        "human_twin": _mean(authenticity.human_likeness(texts, twin)) if texts else float("nan"),
-        "first_turn_diversity": _mean(diversity.first_turn_diversity(firsts)) if len(firsts) > 1 else float("nan"),
+        "turns": mean([len(own) for own in texts]),
+        "words": mean([len(turn.split()) for own in texts for turn in own]),
+        "cut_off": mean([m.finish_reason == "length" for m in said]),
+        "ended_by_user": mean([episode.end_reason == "user_ended" for episode in episodes]),
+        "early_stopped": mean(continuity.early_stopped(turns)) if turns else float("nan"),
+        "copy_rate": mean(continuity.copied_from_profile(turns, profiles)) if turns else float("nan"),
+        "role_drift": mean(continuity.role_drift(turns, scorers.human.model)) if turns else float("nan"),
+        "human_twin": mean(authenticity.human_likeness(texts, twin)) if texts else float("nan"),
+        "first_turn_diversity": mean(diversity.first_turn_diversity(firsts)) if len(firsts) > 1 else float("nan"),
     }
 
 
@@ -61,14 +61,15 @@ def reward_terms(episodes: Sequence[Episode], weights: Mapping[str, float]) -> d
     """Mean reward and mean of each of its terms, their weights in the reward taken out again."""
     names = dict.fromkeys(name for episode in episodes for name in episode.reward_terms)
     terms = {
-        name: _mean([e.reward_terms[name] / weights.get(name, 1.0) for e in episodes if name in e.reward_terms]) for name in names
+        name: mean([e.reward_terms[name] / weights.get(name, 1.0) for e in episodes if name in e.reward_terms]) for name in names
     }
     rewards = [sum(episode.rewards) for episode in episodes]
     spread = float(np.std(rewards)) if rewards else float("nan")
-    return {"reward": _mean(rewards), "reward_std": spread, **terms}
+    return {"reward": mean(rewards), "reward_std": spread, **terms}
 
 
-def _mean(values: Sequence[float] | Array) -> float:
+def mean(values: Sequence[float] | Array) -> float:
+    """Of what is known; NaN where nothing is."""
     known = np.asarray(values, dtype=float)
     known = known[np.isfinite(known)]
     return float(known.mean()) if len(known) else float("nan")

@@ -204,8 +204,8 @@ class Learner:
         norms = {part: float(gradient.norm()) for part, gradient in gradients.items()}
         if wrong := [f"the {part}'s gradient is {norm}" for part, norm in norms.items() if not math.isfinite(norm)]:
             raise TrainingError(
-                f"update {step}: {' and '.join(wrong)}, expected finite numbers; no weight was changed by this step. Go on from "
-                "the last checkpoint with a lower rate, or look for NaN in the rewards and for a dtype that overflows"
+                f"update {step + 1}: {' and '.join(wrong)}, expected finite numbers; no weight was changed by this step. Go on "
+                "from the last checkpoint with a lower rate, or look for NaN in the rewards and for a dtype that overflows"
             )
         for part, gradient in gradients.items():
             gradient *= min(1.0, self.settings.max_grad_norm / (norms[part] + 1e-6))

@@ -46,6 +46,8 @@ def load_actor(args: argparse.Namespace, device: Any) -> tuple[ActorCritic, Any]
     ).to(device)
     model.eval()  # no dropout: the policy that acts, the one that is scored and the one that learns are the same
     end = Renderer(tokenizer).end_of_conversation_id
-    if args.full:
-        return ActorCritic.full(model, tokenizer, end, args.temperature), tokenizer
-    return ActorCritic.lora(model, tokenizer, end, adapter, args.rank, args.temperature), tokenizer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)  # of new LoRA matrices: the same in every process, and when a run is begun again
+        if args.full:
+            return ActorCritic.full(model, tokenizer, end, args.temperature), tokenizer
+        return ActorCritic.lora(model, tokenizer, end, adapter, args.rank, args.temperature), tokenizer

@@ -17,10 +17,11 @@ finishes the update, writes a checkpoint and ends with the command that goes on.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,15 @@ from accelerate.utils import gather_object
 
 from agents.speaker import TokenSpeaker, user_prefix
 from training import rollouts
-from training.checkpoints import Checkpoints, load_optimizer, optimizer_tensors
-from training.guards import consistencies, guards, reward_terms
+from training.checkpoints import Checkpoints, load_optimizer, optimizer_tensors, whole
+from training.guards import consistencies, guards, mean, reward_terms
 from training.learner import Learner
 from training.policies import load_actor
 from training.rlcc_options import parser, settings
 from training.run_directory import arguments, begin
 from training.run_log import Clock, RunLog
 from training.sft import publish
-from usp_env import assistants
+from usp_env import assistants, backends
 from usp_env.backends.base import Sampling
 from usp_env.backends.hf import HFBackend
 from usp_env.driver import Conductor
@@ -51,7 +52,7 @@ from usp_env.evaluation.scorers import load as load_scorers
 from usp_env.models.assets import ASSETS
 from usp_env.records import EpisodeSpec
 from usp_env.rendering import Renderer
-from usp_env.sampling import load_sampler
+from usp_env.sampling import Sampler, load_sampler
 
 FREE = ("out", "resume", "stop_minutes", "stop_kl", "patience", "tracker", "lanes", "dialogues_every", "checkpoint_every")
 """Options that may differ when a run goes on."""
@@ -65,7 +66,8 @@ class Rlcc:
     """
 
     def __init__(self, args: Any) -> None:
-        self.args = args
+        self.args, self.stopping, self.signal = args, "", ""
+        signal.signal(signal.SIGTERM, self._signalled)
         self.accelerator = Accelerator(
             mixed_precision="bf16" if args.full and torch.cuda.is_available() else "no",
             cpu=not torch.cuda.is_available(),
@@ -73,7 +75,7 @@ class Rlcc:
             project_dir=str(args.out),
         )
         self.checkpoints = Checkpoints(args.out / "checkpoints")
-        begin(args, FREE, self.main)
+        self._write(lambda: begin(args, FREE))
         self.log = RunLog(args.out, self.accelerator)
         self.actor, tokenizer = load_actor(args, self.accelerator.device)
         self.learner = Learner(self.actor, settings(args), self.accelerator)
@@ -85,57 +87,69 @@ class Rlcc:
         )
         self.scorers: Scorers = load_scorers()
         self.weights = {} if args.reward else {"cycle": args.weight, "human": 1 - args.weight}
-        self.conductor = self._conductor("train")
-        sampler: Any = self.conductor.sampler
+        sampler = load_sampler(args.bank)
+        self.conductor = self._conductor(sampler)
         self.pool = (
             rollouts.real_people(sampler, args.seed, args.pool)
             if args.real_profiles
             else rollouts.virtual_pool(sampler, args.seed, args.pool_from, args.pool)
         )
-        self.validation = self._conductor("val") if args.validate_every else None
+        self.validation = self._conductor(rollouts.people_of(args.bank, "val")) if args.validate_every else None
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "best": None, "stale": 0}
-        self.stopping = ""
 
-    def _conductor(self, split: str) -> Conductor:
+    def _conductor(self, sampler: Sampler) -> Conductor:
         reward = self.args.reward or "+".join(f"{weight:g}*{name}" for name, weight in self.weights.items() if weight)
-        assistant, sampler = assistants.load(self.args.assistant), load_sampler(self.args.bank, split)
-        return rollouts.late(make_conductor(assistant, sampler, reward, "user", max_turns=self.args.turns))
+        assistant, population = assistants.load(self.args.assistant), sampler.populations[0]
+        made = make_conductor(assistant, sampler, reward, "user", population=population, max_turns=self.args.turns)
+        return rollouts.late(made)
 
     @property
     def main(self) -> bool:
         """Whether this process writes."""
         return bool(self.accelerator.is_main_process)
 
+    def _write(self, work: Callable[[], object], by_all: bool = False) -> None:
+        """What one process writes for all; where it cannot, every process raises: none is left waiting for the others."""
+        failure: Exception | None = None
+        if self.main or by_all:
+            try:
+                work()
+            except UspError as error:
+                failure = error
+            except OSError as error:
+                failure = TrainingError(f"{self.args.out} cannot be written ({error}); mend that, then --resume")
+        for found in gather_object([failure]):
+            if found is not None:
+                raise found
+
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────
 
-    def run(self) -> None:
-        """Train until the updates are done or a stop is met."""
+    def run(self) -> bool:
+        """Train until the updates are done or a stop is met; whether they are done."""
         args = self.args
         self._resume()
         if args.tracker:
-            self.accelerator.init_trackers(
-                "rlcc", config={k: v for k, v in arguments(args).items() if isinstance(v, str | int | float)}
-            )
-        signal.signal(signal.SIGTERM, lambda *_: self._stop("SIGTERM"))
+            told = {key: value for key, value in arguments(args).items() if isinstance(value, str | int | float)}
+            self.accelerator.init_trackers("rlcc", config=told)
         started = time.monotonic() - self.state["seconds"]
-        if self.state["step"] == 0 and args.validate_every:
-            self.log.note(0, {"step": 0, **self.validate()})
+        self._agree()
+        if self.state["step"] == 0 and args.validate_every and not self.stopping:
+            first = {"step": 0, **self.validate()}
+            self._write(lambda: self.log.note(0, first))
+            self._compare(first)
         while self.state["step"] < args.updates and not self.stopping:
             step = self.state["step"]
             record = self.update(step)
             self.state |= {"step": step + 1, "seconds": time.monotonic() - started}
             if args.validate_every and (step + 1) % args.validate_every == 0:
                 record |= self.validate()
-            self.log.note(step + 1, record)
+            self._write(lambda: self.log.note(self.state["step"], record))  # noqa: B023 - called at once
             self._look(record)
             if (step + 1) % args.checkpoint_every == 0 or self.stopping or step + 1 == args.updates:
-                self._checkpoint()
-        if self.main:
-            self._save(args.out / "final")
-            print(self.stopping or "done", flush=True)
-            if self.state["step"] < args.updates:
-                print(f"to go on: python -m training.rlcc {' '.join(_without_resume(sys.argv[1:]))} --resume", flush=True)
+                self._write(self._checkpoint)
+        self._write(lambda: self._save(args.out / "final"))
         self.accelerator.end_training()
+        return bool(self.state["step"] >= args.updates)
 
     def update(self, step: int) -> dict[str, float]:
         """One update; what is known of it."""
@@ -145,15 +159,16 @@ class Rlcc:
         mine = specs[self.accelerator.process_index :: self.accelerator.num_processes]
         play = rollouts.roll_out(self.conductor, self.speaker, mine, args.lanes, clock)
         if step % args.dialogues_every == 0:
-            self.log.keep(step, play.episodes, {"user": "policy", "assistant": self.conductor.partner.spec})
+            speakers = {"user": "policy", "assistant": self.conductor.partner.spec}
+            self._write(lambda: self.log.keep(step + 1, play.episodes, speakers), by_all=True)
         if not (total := int(sum(gather_object([len(play.rows)])))):
             causes = "; ".join(sorted({str(e.error) for e in play.episodes if e.error})) or dict(play.outcomes)
             raise TrainingError(
-                f"update {step}: none of {len(specs)} dialogues may be learnt from ({causes}); mend the response model or the "
-                f"reward, then --resume: {args.out} holds every update before this one"
+                f"update {step + 1}: none of {len(specs)} dialogues may be learnt from ({causes}); mend the response model or "
+                "the reward, then --resume from the last checkpoint"
             )
         stats = self.learner.update(play.rows, play.credit, step, args.updates)
-        self.backend.forget()
+        self._forget()
         clock.skip()
         everyone: list[Episode] = gather_object(list(play.episodes))
         scored = [episode for episode in everyone if episode.outcome == "completed"]
@@ -171,18 +186,25 @@ class Rlcc:
         people = rng.permutation(len(self.validation.sampler.bank))[: self.args.validate_n]
         specs = [EpisodeSpec(self.validation.sampler.bank[int(i)].id, "uniform", int(rng.integers(2**53))) for i in people]
         mine = specs[self.accelerator.process_index :: self.accelerator.num_processes]
-        everyone: list[Episode] = gather_object(
-            list(rollouts.roll_out(self.validation, self.speaker, mine, self.args.lanes).episodes)
-        )
+        played = list(rollouts.roll_out(self.validation, self.speaker, mine, self.args.lanes).episodes)
+        self._forget()
+        everyone: list[Episode] = gather_object(played)
         scored = sorted((e for e in everyone if e.outcome == "completed"), key=lambda e: e.id)
-        means = {name: float(np.nanmean(values)) for name, values in consistencies(scored, self.scorers).items()}
+        means = {name: mean(values) for name, values in consistencies(scored, self.scorers).items()}
         found = {**means, **reward_terms(scored, self.weights), **guards(scored, self.scorers)}
         return {f"val_{name}": value for name, value in found.items()} | {"val_n": len(scored)}
 
     # ── stops ────────────────────────────────────────────────────────────────────────────────────
 
+    def _signalled(self, *_: object) -> None:
+        self.signal = "SIGTERM"
+
     def _stop(self, why: str) -> None:
         self.stopping = self.stopping or why
+
+    def _agree(self) -> None:
+        """A signal reaches each process at another moment, or one alone: all of them stop after the same update."""
+        self.stopping = next((why for why in gather_object([self.stopping or self.signal]) if why), "")
 
     def _look(self, record: Mapping[str, float]) -> None:
         args = self.args
@@ -190,21 +212,27 @@ class Rlcc:
             self._stop(f"stopped: KL {record['kl']:.3f} nats a token, --stop-kl {args.stop_kl}")
         if args.stop_minutes and self.state["seconds"] > 60 * args.stop_minutes:
             self._stop(f"stopped: {args.stop_minutes:g} minutes are over")
-        if (now := record.get("val_r_dpc")) is not None:
-            better = self.state["best"] is None or now > self.state["best"]
-            self.state |= {"best": now, "stale": 0} if better else {"stale": self.state["stale"] + 1}
-            if better and self.main:
-                self._save(args.out / "best")
-            if args.patience and self.state["stale"] >= args.patience:
-                self._stop(f"stopped: r-DPC on val has not risen for {args.patience} validations")
-        self.stopping = next((why for why in gather_object([self.stopping]) if why), "")  # a signal reaches one process first
+        self._compare(record)
+        if args.patience and self.state["stale"] >= args.patience:
+            self._stop(f"stopped: r-DPC on val has not risen for {args.patience} validations")
+        self._agree()
+
+    def _compare(self, record: Mapping[str, float]) -> None:
+        """Keep the policy with the best validation; the one that training begins with is the first to beat."""
+        now = record.get("val_r_dpc", float("nan"))
+        if not np.isfinite(now):  # no validation, or nobody could be scored: that tells nothing
+            return
+        if self.state["best"] is None or now > self.state["best"]:
+            self.state |= {"best": now, "stale": 0}
+            self._write(lambda: self._save(self.args.out / "best"))
+        else:
+            self.state["stale"] += 1
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────
 
     def _resume(self) -> None:
         found = self.checkpoints.latest()
-        if self.main:
-            self.log.cut(-1 if found is None else found.state["step"])
+        self._write(lambda: self.log.cut(-1 if found is None else found.state["step"]))
         if found is None:
             return
         self.state |= {key: found.state[key] for key in self.state}
@@ -214,47 +242,54 @@ class Rlcc:
                 for name, parameter in named.items():
                     parameter.copy_(weights[f"{part}|{name}"])
             load_optimizer(self.learner.optimizers[part], list(named), found.tensors(f"{part}_optimizer"))
-        self.backend.forget()
         if self.main:
             print(f"goes on after update {self.state['step']}", flush=True)
 
     def _checkpoint(self) -> None:
-        if self.main:
-            parts = self.learner.parts
-            weights = {f"{part}|{name}": p for part, named in parts.items() for name, p in named.items()}
-            moments = {
-                f"{part}_optimizer": optimizer_tensors(self.learner.optimizers[part], list(named))
-                for part, named in parts.items()
-            }
-            self.checkpoints.save(self.state["step"], {"weights": weights, **moments}, self.state)
-        self.accelerator.wait_for_everyone()
+        parts = self.learner.parts
+        weights = {f"{part}|{name}": p for part, named in parts.items() for name, p in named.items()}
+        moments = {
+            f"{part}_optimizer": optimizer_tensors(self.learner.optimizers[part], list(named)) for part, named in parts.items()
+        }
+        self.checkpoints.save(self.state["step"], {"weights": weights, **moments}, self.state)
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, place: Path) -> None:
         """The policy: an adapter in bfloat16, or the whole model."""
-        model = self.actor.models["policy"]
-        if self.args.full:
-            model.save_pretrained(folder)
-            return
-        model.save_pretrained(folder, selected_adapters=["policy"])
-        made = folder / "policy"
-        for file in made.iterdir():
-            file.replace(folder / file.name)
-        made.rmdir()
-        asset = ASSETS.get(self.args.policy)
-        publish(folder, asset.base or asset.name if asset else self.args.policy)
+        model, asset = self.actor.models["policy"], ASSETS.get(self.args.policy)
+        with whole(place) as folder:
+            if self.args.full:
+                model.save_pretrained(folder)
+                return
+            model.save_pretrained(folder, selected_adapters=["policy"])
+            for file in (folder / "policy").iterdir():
+                file.replace(folder / file.name)
+            (folder / "policy").rmdir()
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a card, not filled in
+            publish(folder, asset.base or asset.name if asset else self.args.policy)
 
-
-def _without_resume(words: Sequence[str]) -> list[str]:
-    return [word for word in words if word != "--resume"]
+    def _forget(self) -> None:
+        """Drop what engines keep of dialogues that are over: what is computed next hangs on nothing that was played before."""
+        for engine in (self.backend, *backends.loaded()):
+            if isinstance(engine, HFBackend):
+                engine.forget()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train."""
-    args = parser(__doc__).parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser(__doc__).parse_args(words)
     try:
-        Rlcc(args).run()
+        run = Rlcc(args)
+        done = run.run()
     except UspError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+    if run.main:
+        print(run.stopping or "done", flush=True)
+    if run.main and not done:
+        n = run.accelerator.num_processes
+        program = ["python"] if n == 1 else ["accelerate", "launch", "--num_processes", str(n)]
+        again = [*program, "-m", "training.rlcc", *(word for word in words if word != "--resume"), "--resume"]
+        print(f"to go on: {shlex.join(again)}", flush=True)
 
 
 if __name__ == "__main__":

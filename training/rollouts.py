@@ -21,9 +21,10 @@ from training.run_log import Clock
 from usp_env.driver import Conductor
 from usp_env.episode import Episode
 from usp_env.errors import SpecError, UspError
-from usp_env.profiles import Profile
+from usp_env.profiles import Profile, ProfileBank
 from usp_env.records import EpisodeSpec
 from usp_env.rollout import roll
+from usp_env.sampling.base import UniformSampler
 from usp_env.sampling.density import DensitySampler
 from usp_env.sampling.novelty import build_pool
 
@@ -51,7 +52,11 @@ class Play:
 
 
 def virtual_pool(sampler: DensitySampler, seed: int, n: int = 1000, size: int = 5000, **options: Any) -> list[Profile]:
-    """The novelty pool in a random order; a bank that is too small for `size` gives as many as it has."""
+    """The novelty pool in a random order.
+
+    Raises:
+        SpecError: The bank gives fewer than `size` combinations.
+    """
     rng = np.random.default_rng([seed, 1])
     pool = build_pool(sampler, rng, n=n, size=size, **options)
     return [pool[i] for i in rng.permutation(len(pool))]
@@ -60,6 +65,16 @@ def virtual_pool(sampler: DensitySampler, seed: int, n: int = 1000, size: int = 
 def real_people(sampler: DensitySampler, seed: int, size: int = 5000) -> list[Profile]:
     """People of the bank by their density: the ablation without virtual profiles."""
     return sampler.sample(size, "density", np.random.default_rng([seed, 1]))
+
+
+def people_of(bank: str, split: str) -> UniformSampler:
+    """Everyone of a split, whom no density is asked of; of a bank without splits everyone.
+
+    Raises:
+        UnknownNameError: The bank has splits, but not this one.
+    """
+    everyone = ProfileBank.load(bank)
+    return UniformSampler(everyone.subset(split) if any(profile.split for profile in everyone) else everyone)
 
 
 def specs_of(pool: Sequence[Profile], step: int, n: int, seed: int, population: str = "virtual") -> list[EpisodeSpec]:

@@ -55,24 +55,30 @@ def check_same(args: argparse.Namespace, free: Sequence[str]) -> None:
         raise RunDirectoryError(f"--resume: {args.out} was begun with other arguments: {'; '.join(differ)}")
 
 
-def begin(args: argparse.Namespace, free: Sequence[str], writes: bool) -> None:
+def begin(args: argparse.Namespace, free: Sequence[str]) -> None:
     """Take the run directory, or see that the run that goes on in it is this one.
 
     Args:
         args: With `out` and `resume`.
         free: Arguments that may differ when a run goes on.
-        writes: Whether this process is the one that writes.
 
     Raises:
-        RunDirectoryError: `out` holds something and `--resume` was not given, or a run with other arguments.
+        RunDirectoryError: `out` holds something and `--resume` was not given, or a run with other arguments; or it cannot be
+            written.
     """
-    if (args.out / ARGUMENTS).is_file() and args.resume:
-        return check_same(args, free)
-    if args.out.is_dir() and any(args.out.iterdir()):
-        raise RunDirectoryError(f"--out {args.out} holds files of something else: take another, or --resume what was begun there")
-    if writes:
+    try:
+        if (args.out / ARGUMENTS).is_file() and args.resume:
+            return check_same(args, free)
+        if args.out.is_dir() and any(args.out.iterdir()):
+            raise RunDirectoryError(
+                f"--out {args.out} holds files of something else: take another, or --resume what was begun there"
+            )
         args.out.mkdir(parents=True, exist_ok=True)
         write_whole(args.out / ARGUMENTS, json.dumps(arguments(args), indent=1) + "\n")
+    except RunDirectoryError:
+        raise
+    except OSError as error:
+        raise RunDirectoryError(f"--out {args.out} cannot be written ({error}): take another") from error
 
 
 def spent(checkpoint: str | None) -> float:

@@ -42,11 +42,10 @@ class RunLog:
 
     def __init__(self, out: Path, accelerator: Any) -> None:
         self.out, self.accelerator = out, accelerator
+        self._lines = 0  # on the terminal
 
     def note(self, step: int, record: Mapping[str, float]) -> None:
-        """One line of `metrics.jsonl`, one on the terminal, and the trackers."""
-        if not self.accelerator.is_main_process:
-            return
+        """One line of `metrics.jsonl`, one on the terminal, and the trackers; of several processes one calls it."""
         with open(self.out / METRICS, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
         self.accelerator.log(dict(record), step=step)
@@ -55,8 +54,9 @@ class RunLog:
             print(f"  validation after {step}: {', '.join(told)} (n = {record['val_n']})", flush=True)
         if "reward" in record:
             seconds = sum(value for key, value in record.items() if key.endswith("_seconds"))
-            if step % 20 == 1:
+            if self._lines % 20 == 0:
                 print("  ".join(f"{name:>{max(7, len(name))}}" for name in COLUMNS))
+            self._lines += 1
             shown = {**record, "seconds": seconds}
             print("  ".join(f"{shown.get(name, float('nan')):>{max(7, len(name))}.4g}" for name in COLUMNS), flush=True)
 

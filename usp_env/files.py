@@ -31,8 +31,12 @@ def decode(data: bytes, path: str | Path, error: type[UspError]) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all."""
     fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(text, "utf-8")
-    fresh.replace(path)
+    try:
+        fresh.write_text(text, "utf-8")
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def locked(stream: Any) -> None:

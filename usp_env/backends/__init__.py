@@ -33,6 +33,12 @@ def load(spec: ModelSpec) -> Backend:
         return _loaded[key]
 
 
+def loaded() -> list[Backend]:
+    """The backends that this process shares."""
+    with _lock:
+        return list(_loaded.values())
+
+
 def engine_spec(spec: ModelSpec) -> ModelSpec:
     """The part of a spec that decides which engine runs; sampling belongs to requests."""
     return replace(spec, options={k: v for k, v in spec.options.items() if k not in _PER_REQUEST})
