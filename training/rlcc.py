@@ -52,6 +52,7 @@ from usp_env.evaluation.scorers import load as load_scorers
 from usp_env.models.assets import ASSETS
 from usp_env.records import EpisodeSpec
 from usp_env.rendering import Renderer
+from usp_env.rollout import roll
 from usp_env.sampling import Sampler, load_sampler
 
 FREE = ("out", "resume", "stop_minutes", "stop_kl", "patience", "tracker", "lanes", "dialogues_every", "checkpoint_every")
@@ -186,7 +187,9 @@ class Rlcc:
         people = rng.permutation(len(self.validation.sampler.bank))[: self.args.validate_n]
         specs = [EpisodeSpec(self.validation.sampler.bank[int(i)].id, "uniform", int(rng.integers(2**53))) for i in people]
         mine = specs[self.accelerator.process_index :: self.accelerator.num_processes]
-        played = list(rollouts.roll_out(self.validation, self.speaker, mine, self.args.lanes).episodes)
+        played = roll(self.validation, self.speaker, mine, self.args.lanes)
+        rollouts.score(self.validation, played)
+        self.speaker.forget()
         self._forget()
         everyone: list[Episode] = gather_object(played)
         scored = sorted((e for e in everyone if e.outcome == "completed"), key=lambda e: e.id)

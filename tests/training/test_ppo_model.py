@@ -640,7 +640,7 @@ def test_nan_is_an_error_and_changes_no_weight(make, monkeypatch, wrong) -> None
         "critic": "the critic's gradient is nan,",
         "credit": "policy's .* and the critic's",
     }
-    with pytest.raises(TrainingError, match=f"update 3: .*{named[wrong]}.* no weight was changed by this step"):
+    with pytest.raises(TrainingError, match=f"update 4: .*{named[wrong]}.* no weight was changed by this step"):
         made.update(rows, credit, 3, 10)
     assert changed(made, before) == set()
     assert all(not optimizer.state for optimizer in made.optimizers.values())

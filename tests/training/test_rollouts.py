@@ -345,7 +345,7 @@ def test_the_trainer_stops_where_nothing_can_be_learnt(byte_tokenizer, sampler, 
     run.learner = learner(lora_actor(byte_tokenizer))
     run.accelerator, run.log = run.learner.accelerator, SimpleNamespace(keep=lambda *_: None)
     before = weights(run.learner)
-    with pytest.raises(TrainingError, match="update 7: none of 4 dialogues .*the response model is down.*--resume"):
+    with pytest.raises(TrainingError, match="update 8: none of 4 dialogues .*the response model is down.*--resume"):
         run.update(7)
     assert changed(run.learner, before) == set()
 
