@@ -299,9 +299,9 @@ def test_check_11_no_penalty_where_nothing_has_moved(make, kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_check_11_the_penalty_estimates_the_kl_to_the_sft_policy(make, kind) -> None:
-    """One state, 4,000 tokens sampled in it, k1 of what the learner scores against KL(π ‖ π_SFT) over the whole vocabulary."""
+    """One state, 2,000 tokens sampled in it, k1 of what the learner scores against KL(π ‖ π_SFT) over the whole vocabulary."""
     actor = make(kind, moved=False)
-    shake(actor.trained("policy"), 5, 0.15 if kind != "full" else 0.02)
+    shake(actor.trained("policy"), 5, 0.15 if kind != "full" else 0.05)
     state = (START, 60, 61, 62, EOT, 63)
     one = Rows.of([Row((*state, 70), (-1,) * 6 + (0,), (0.0,) * 7, (False,) * 7)])
     with torch.no_grad():
@@ -310,12 +310,12 @@ def test_check_11_the_penalty_estimates_the_kl_to_the_sft_policy(make, kind) -> 
         with actor.using("ref"):
             reference = torch.log_softmax(actor.logits(one, "ref"), -1)[0]
     exact = float((policy.exp() * (policy - reference)).sum())
-    drawn = torch.multinomial(policy.exp(), 4000, replacement=True, generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = torch.multinomial(policy.exp(), 2000, replacement=True, generator=torch.Generator().manual_seed(0)).tolist()
     rows = [Row((*state, token), (-1,) * 6 + (0,), (0.0,) * 7, (False,) * 7) for token in drawn]
-    batch = learner(actor, micro=1000).prepare(rows, [[0.0]] * 4000)
+    batch = learner(actor, micro=2000).prepare(rows, [[0.0]] * 2000)
     k1 = (batch.old - batch.reference)[batch.whole.own]
-    assert float(k1.mean()) == pytest.approx(exact, abs=4 * float(k1.std()) / 4000**0.5)
-    assert exact > 3 * float(k1.std()) / 4000**0.5  # far enough from 0 to tell the sign
+    assert float(k1.mean()) == pytest.approx(exact, abs=4 * float(k1.std()) / 2000**0.5)
+    assert exact > 3 * float(k1.std()) / 2000**0.5  # far enough from 0 to tell the sign
     assert batch.stats(lambda x: x)["kl"] == pytest.approx(float(k1.mean()), abs=1e-5)
 
 
@@ -509,7 +509,7 @@ def test_check_19_one_token_and_no_dialogue(make) -> None:
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_check_22_one_step_per_minibatch(make, kind) -> None:
     """Old gradients do not count; each norm is clipped once, over the whole part; rates belong to the update, not to the step."""
-    rows, credit = make_rows(19, n=8)
+    rows, credit = make_rows(19)
     results = []
     for junk in (False, True):
         actor = make(kind)
@@ -527,14 +527,14 @@ def test_check_22_one_step_per_minibatch(make, kind) -> None:
 
             optimizer.register_step_pre_hook(look)
         before = weights(made)
-        for step in (0, 1, 2):
+        for step in (0, 1):
             stats = made.update(rows, credit, step, 10)
         results.append(weights(made))
         assert changed(made, before) == {"policy", "critic"}
         for part, base in (("policy", 1e-3), ("critic", 1e-2)):
-            assert len(seen[part]) == 3 * 2 * 3  # three updates of two epochs of three minibatches
+            assert len(seen[part]) == 2 * 2 * 2  # two updates of two epochs of two minibatches
             assert max(norm for norm, _ in seen[part]) <= 0.01 * (1 + 1e-3)
-            assert [lr for _, lr in seen[part]] == pytest.approx([base * rate(s, 10, 0.2) for s in (0, 1, 2) for _ in range(6)])
+            assert [lr for _, lr in seen[part]] == pytest.approx([base * rate(s, 10, 0.2) for s in (0, 1) for _ in range(4)])
             assert all(p.grad is None for p in made.parts[part].values())
         assert stats["grad_norm"] > 0.01  # it was larger: the clip was at work
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

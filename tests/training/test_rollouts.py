@@ -313,6 +313,37 @@ def learnt(episode) -> bool:
     return episode.outcome in ("completed", "agent_failure")
 
 
+def test_scores_of_a_whole_rollout_are_those_of_each_end(byte_tokenizer, sampler) -> None:
+    """`late` asks the reward once; what is learnt, and what the episodes tell, is the same."""
+    plays, calls = [], []
+    for late in (False, True):
+        asked: list[int] = []
+
+        class Counted(Eq6):
+            def __call__(self, profiles, dialogues, asked=asked):
+                asked.append(len(dialogues))
+                return super().__call__(profiles, dialogues)
+
+        backend = ScriptedBackend(
+            lambda request: generation(
+                byte_tokenizer, END if request.can_end and request.seed % 3 == 0 else f"say {request.seed % 97}"
+            )
+        )
+        speaker = TokenSpeaker(backend, Renderer(byte_tokenizer), user_prefix())
+        answers = Speaker(lambda view, seed: "ok", role="assistant")
+        conductor = make_conductor(answers, sampler, Counted(), "user", population="uniform", max_turns=3)
+        specs = specs_of([sampler.bank[i] for i in range(6)], 0, 8, seed=0, population="uniform")
+        plays.append(roll_out(rollouts.late(conductor) if late else conductor, speaker, specs, lanes=3))
+        calls.append(asked)
+    ends, once = plays
+    assert calls[1] == [8]
+    assert len(calls[0]) > 1
+    assert (once.rows, once.credit, once.outcomes) == (ends.rows, ends.credit, ends.outcomes)
+    assert {episode.turn for episode in ends.episodes} == {1, 2, 3}
+    for a, b in zip(ends.episodes, once.episodes, strict=True):
+        assert (a.rewards, a.reward_terms, a.utterance_rewards) == (b.rewards, b.reward_terms, b.utterance_rewards)
+
+
 def failing(byte_tokenizer, sampler, n: int = 4):
     backend = ScriptedBackend(lambda request: generation(byte_tokenizer, "hello"))
     speaker = TokenSpeaker(backend, Renderer(byte_tokenizer), user_prefix())
