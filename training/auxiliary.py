@@ -94,14 +94,6 @@ def macro_f1(predicted: Array, labels: Array) -> float:
     return float(np.mean(each))
 
 
-def ece(probabilities: Array, labels: Array, bins: int = 10) -> float:
-    """Expected calibration error over equal-width bins: Σ n_b/n |mean p − share of positives| (Naeini et al., 2015)."""
-    p, labels = np.asarray(probabilities, float), np.asarray(labels, float)
-    place = np.minimum((p * bins).astype(int), bins - 1)
-    gaps = [abs(p[place == b].sum() - labels[place == b].sum()) for b in range(bins)]
-    return float(sum(gaps) / len(p))
-
-
 def youden(scores: Array, labels: Array) -> float:
     """The threshold t that maximises TPR − FPR of `score >= t`; midway between the two scores it falls between."""
     scores, labels = np.asarray(scores, float), np.asarray(labels, bool)

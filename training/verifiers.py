@@ -25,7 +25,6 @@ from training.auxiliary import (
     Person,
     auc,
     bootstrap,
-    ece,
     people,
     quick_reader,
     quick_vectors,
@@ -34,6 +33,7 @@ from training.auxiliary import (
     write_card,
 )
 from training.near_misses import KINDS, near_misses
+from usp_env.metrics.reliability import ece
 from usp_env.models import pairs
 from usp_env.models.facts import atomic_facts
 from usp_env.models.pairs import FEATURES, LEXICAL, names_of

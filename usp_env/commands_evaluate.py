@@ -87,6 +87,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> Plan:
     from usp_env.evaluation import people
     from usp_env.evaluation.plan import Plan
+    from usp_env.sampling import load_fitted
 
     levels = _levels(arguments.levels)
     split = None if arguments.split == "all" else arguments.split
@@ -104,6 +105,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         most=arguments.most,
         paper=arguments.protocol == "paper",
         lanes=arguments.lanes,
+        sampler=load_fitted(arguments.bank, split),
     )
 
 

@@ -106,3 +106,12 @@ def test_who_is_given_the_profile() -> None:
         spec: commands_evaluate.takes_profile(spec) for spec in ("usp:x", "plato:x?top_p=1", "dialogue:x", "userlm:x", "agenda")
     }
     assert given == {"usp:x": True, "plato:x?top_p=1": False, "dialogue:x": False, "userlm:x": True, "agenda": True}
+
+
+def test_the_map_is_of_the_split_that_is_evaluated(bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("usp_env.sampling.load_fitted", lambda *place: asked.append(place))
+    options = ("--user", "scripted", "--bank", str(bank), "--levels", "utterance", "-n", "1", "--quiet", "--no-neighbours")
+    for split in ("train", "all"):
+        assert run(*options, "--split", split, "--out", str(tmp_path / split)) == 0
+    assert asked == [(str(bank), "train"), (str(bank), None)]
