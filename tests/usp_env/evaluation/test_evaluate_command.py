@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from evaluation_doubles import make_people, make_scorers
 
-from usp_env import commands_evaluate
+from usp_env import backends, commands_evaluate
+from usp_env.backends.spec import parse
 from usp_env.errors import RunDirectoryError, SpecError, UnknownNameError
 from usp_env.evaluation import scorers
 from usp_env.evaluation.card import NEIGHBOUR, REAL, read_card
@@ -115,3 +116,12 @@ def test_the_map_is_of_the_split_that_is_evaluated(bank: Path, tmp_path: Path, m
     for split in ("train", "all"):
         assert run(*options, "--split", split, "--out", str(tmp_path / split)) == 0
     assert asked == [(str(bank), "train"), (str(bank), None)]
+
+
+def test_a_dtype_reaches_the_models_of_this_process_that_tell_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(backends, "load", lambda spec: asked.append(str(spec)))
+    for spec in ("tiny", "tiny?dtype=float32", "openai:m@http://localhost/v1"):
+        commands_evaluate._engine(parse(spec), "bfloat16")
+    commands_evaluate._engine(parse("tiny"), None)
+    assert asked == ["tiny?dtype=bfloat16", "tiny?dtype=float32", "openai:m@http://localhost/v1", "tiny"]
