@@ -73,7 +73,7 @@ def profile_messages(utterances: Sequence[str]) -> list[dict[str, str]]:
 
 
 def parse_profile(text: str) -> ProfileTexts | None:
-    r"""First line OF, last line SC, as the released reward service reads them; None unless these are all there is, in valid Unicode.
+    r"""First line OF, last line SC, as the released reward service reads them; None unless these are all there is.
 
     Example:
         >>> parse_profile("You cook.\n\nYou are terse.")
