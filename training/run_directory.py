@@ -19,30 +19,46 @@ def arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def last_checkpoint(args: argparse.Namespace) -> str | None:
-    """The checkpoint to go on from, if there is one.
+    """The checkpoint to go on from, if there is a whole one.
 
     Raises:
         RunDirectoryError: There is one without `--resume`, or of a run with other arguments.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    checkpoint: str | None = get_last_checkpoint(args.out) if args.out.is_dir() else None
-    if checkpoint is None:
+    found = sorted((folder for folder in args.out.glob("checkpoint-*") if _step(folder) >= 0), key=_step)
+    whole = [folder for folder in found if _state(folder) is not None]
+    if not found:
         return None
     if not args.resume:
         raise RunDirectoryError(f"--out {args.out} holds checkpoints of an earlier run: take another, or --resume to go on")
     if not (args.out / ARGUMENTS).is_file():
         raise RunDirectoryError(f"--out {args.out} holds checkpoints and no {ARGUMENTS}, so what they are of: take another")
-    known, wanted = json.loads((args.out / ARGUMENTS).read_text("utf-8")), arguments(args)
+    try:
+        known, wanted = dict(json.loads((args.out / ARGUMENTS).read_text("utf-8"))), arguments(args)
+    except (ValueError, TypeError) as error:
+        raise RunDirectoryError(f"{args.out / ARGUMENTS}: expected a run's arguments, it is damaged ({error})") from error
     keys = sorted({*known, *wanted}.difference(FREE))
     if differ := [f"{key} {known.get(key)!r}, now {wanted.get(key)!r}" for key in keys if known.get(key) != wanted.get(key)]:
         raise RunDirectoryError(f"--resume: {args.out} was begun with other arguments: {'; '.join(differ)}")
-    return checkpoint
+    return str(whole[-1]) if whole else None
+
+
+def _step(checkpoint: Path) -> int:
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isascii() and step.isdigit() else -1
+
+
+def _state(checkpoint: Path) -> dict[str, Any] | None:
+    """The trainer's state, the last file that it writes: None where a kill or a full disk left a checkpoint without it."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+        return state if isinstance(state["log_history"], list) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def spent(checkpoint: str | None) -> float:
     """Seconds of a run up to its checkpoint, over all its pieces."""
     if checkpoint is None:
         return 0.0
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text("utf-8"))
-    return float(max(entry.get("eval_seconds", 0.0) for entry in state["log_history"]))
+    state = _state(Path(checkpoint)) or {"log_history": []}
+    return float(max((entry.get("eval_seconds", 0.0) for entry in state["log_history"]), default=0.0))
