@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training.auxiliary import Array, Clock, Person, auc, bootstrap, macro_f1, people, platt, save, shown, write_card
+from training.auxiliary import Array, Clock, Person, auc, bootstrap, keep, macro_f1, people, platt, save, shown, write_card
 from usp_env.dialogue import Message, View
 from usp_env.metrics.reliability import TOLERANCE, ece, matched
 from usp_env.models import features
@@ -214,7 +214,7 @@ def _played(found: dict[str, list[Person]], n: int, cache: Path | None) -> dict[
         played = {"train": roleplay(chosen["train"], n, 1000), "test": roleplay(chosen["test"], n // 2, 2000)}
         kept = {"asked": asked, "played": played}
         if cache:
-            cache.write_text(json.dumps(kept), "utf-8")
+            keep(cache, lambda stream: stream.write(json.dumps(kept).encode()))
     return {split: [Example(*row) for row in rows] for split, rows in kept["played"].items()}
 
 

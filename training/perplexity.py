@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from training.conversations import of_split
+from training.run_directory import check_folders
 from training.sft_rows import Limits, Row, clip, make_row
 from usp_env.errors import SpecError
 from usp_env.models import assets
@@ -206,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--known", type=Path, help="what an earlier --out holds of these adapters is not measured again")
     made.add_argument("--out", type=Path)
     args = made.parse_args(argv)
+    check_folders(args.out)
     import transformers
 
     where = assets.path(args.model) if args.model in assets.ASSETS else args.model

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from usp_env.errors import RunDirectoryError
+from usp_env.errors import RunDirectoryError, SpecError
 
 ARGUMENTS = "arguments.json"  # what a run directory is trained with
 FREE = ("out", "resume", "gradient_checkpointing")  # arguments that change nothing of what is trained
@@ -16,6 +16,17 @@ FREE = ("out", "resume", "gradient_checkpointing")  # arguments that change noth
 def arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The options as JSON holds them."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def check_folders(*files: Path | None) -> None:
+    """Refuse files that could not be written when all is measured, before anything is.
+
+    Raises:
+        SpecError: The folder of one is not there, or it is a folder itself.
+    """
+    for file in files:
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise SpecError(f"{file}: expected a file in a folder that is there")
 
 
 def last_checkpoint(args: argparse.Namespace) -> str | None:

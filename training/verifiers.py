@@ -25,6 +25,7 @@ from training.auxiliary import (
     Person,
     auc,
     bootstrap,
+    keep,
     people,
     quick_reader,
     quick_vectors,
@@ -217,7 +218,7 @@ def featured(found: list[Pair], read: Callable[..., Any] | None, idf: Array, cac
     lexical = pair_matrix(pairs.word_reader(), idf, claims, evidence)
     x = pair_matrix(read, idf, claims, evidence) if read else np.zeros_like(lexical)
     if file:
-        np.savez(file, x=x, lexical=lexical)
+        keep(file, lambda stream: np.savez(stream, x=x, lexical=lexical))
     return Questions(found, x, lexical)
 
 

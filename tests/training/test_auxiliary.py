@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,3 +189,19 @@ def test_reserved_conversations_reach_no_training_program(monkeypatch: pytest.Mo
     monkeypatch.setattr(auxiliary.conversations, "load", conversations)
     monkeypatch.setattr(auxiliary, "held_out_turns", lambda bank: frozenset())
     assert {person.id for split in auxiliary.people().values() for person in split} == {"own_0"}
+
+
+def test_a_kill_while_a_cache_is_written_leaves_none(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def torn(stream: Any) -> None:
+        stream.write(b"half")
+        raise Killed
+
+    with pytest.raises(Killed):
+        auxiliary.keep(tmp_path / "deep" / "x.npy", torn)
+    assert not (tmp_path / "deep" / "x.npy").exists()
+    auxiliary.keep(tmp_path / "deep" / "x.npy", lambda stream: np.save(stream, np.arange(3)))
+    assert np.load(tmp_path / "deep" / "x.npy").tolist() == [0, 1, 2]
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["x.npy"]

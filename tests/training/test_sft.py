@@ -512,6 +512,20 @@ def test_adapters_have_names_of_their_own() -> None:
             perplexity.adapters_of(wrong)
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch) -> None:
+    from training import agreement
+
+    def touched(*args: object) -> None:
+        pytest.fail("something was read before")
+
+    monkeypatch.setattr(agreement.embedders, "load", touched)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", touched)
+    for file in (tmp_path, tmp_path / "typo" / "x.json"):
+        for program, option in ((perplexity, "--out"), (agreement, "--out"), (agreement, "--save")):
+            with pytest.raises(SpecError, match="in a folder that is there"):
+                program.main([option, str(file)])
+
+
 def _lora(args: object) -> object:
     import peft
 

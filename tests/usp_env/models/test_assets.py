@@ -312,3 +312,20 @@ def test_nothing_is_merged_into_a_damaged_base(toy, monkeypatch):
             assets.verify("toy")
     assets.fetch(["toy"], force=True)
     assert assets.verify("toy") == []
+
+
+def test_a_full_disk_while_weights_are_made_is_told(toy, monkeypatch):
+    safetensors = pytest.importorskip("safetensors")
+    assets.fetch(["toy"])
+    monkeypatch.setitem(
+        assets.ASSETS, "half", assets.Asset("half", "usp-env", "1", toy.sha256, "", "MIT", "adapters/usp-mini-sft", base="toy")
+    )
+    monkeypatch.setattr(assets, "_sha256", lambda file, real=assets._sha256: toy.sha256 if "adapter" in file.name else real(file))
+
+    def full(base, adapter, new):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(assets, "merge_adapter", full)
+    with pytest.raises(UspError, match="half: its weights cannot be made in .*No space left"):
+        assets.fetch(["half"])
+    assert leftovers() == ["toy-1.0"]
