@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -31,21 +31,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from training.reward_answers import Refusal, answer, body_of, json_response, typed_errors
 from training.reward_batches import Batcher, QueueFullError, StoppingError
 from training.reward_scoring import WARM_UP, Outcome, expression, models, open_reward, score
 from usp_env.errors import SpecError, UspError, require
 from usp_env.rewards.base import WeightedSum
-from usp_env.rewards.wire import ERRORS, Failure, Item, read_body, read_item
+from usp_env.rewards.wire import Failure, Item, read_body, read_item
 
 require("aiohttp", "service")
 from aiohttp import web  # noqa: E402
 
 MIB = 2**20
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _log = logging.getLogger("usp_env.reward_service")
 _http_log = logging.getLogger("usp_env.reward_service.http")
 _http_log.setLevel(logging.CRITICAL)  # aiohttp quotes what it could not read
-_STATUSES = {status: name for name, status in ERRORS.items() if status in (404, 405, 413)}
 
 
 class Service:
@@ -60,6 +59,7 @@ class Service:
 
     Attributes:
         state: `"loading"`, `"ready"` or `"stopping"`.
+        port: Where it listens; 0 before it does.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Service:
         max_body: int = 16 * MIB,
     ) -> None:
         self._make, self.max_body = make, max_body
-        self.state = "loading"
+        self.state, self.port = "loading", 0
         self.reward: WeightedSum | None = None
         self.models: dict[str, Any] = {}
         self.counts = {"scored": 0, "not_scorable": 0, "failed": 0}
@@ -81,18 +81,18 @@ class Service:
 
     def app(self) -> web.Application:
         """The routes."""
-        app = web.Application(client_max_size=self.max_body, middlewares=[_typed_errors])
+        app = web.Application(client_max_size=self.max_body, middlewares=[typed_errors])
         app.add_routes([web.post("/reward", self.post_reward), web.get("/health", self.get_health)])
         return app
 
-    async def run(self, host: str, port: int, stop: asyncio.Event, started: Callable[[int], object] = lambda port: None) -> None:
+    async def run(self, host: str, port: int, stop: asyncio.Event, ready: Callable[[], object] = lambda: None) -> None:
         """Listen, load, score until `stop`, finish what is queued.
 
         Args:
             host: Address to listen at.
             port: 0 takes a free one.
             stop: Ends the service.
-            started: Told the port once the models are loaded.
+            ready: Called once the models are loaded.
 
         Raises:
             OSError: The port is taken.
@@ -105,10 +105,11 @@ class Service:
         try:
             site = web.TCPSite(runner, host, port)
             await site.start()
+            self.port = runner.addresses[0][1]
             if await _before(stop, asyncio.get_running_loop().run_in_executor(self._worker, self._load)):
                 scoring = asyncio.create_task(self.batcher.run())
                 self.state = "ready"
-                started(runner.addresses[0][1])
+                ready()
                 await _before(stop, scoring)  # it ends before only if it is broken
             self.state = "stopping"
             self.batcher.drain()
@@ -123,18 +124,18 @@ class Service:
         """`POST /reward`."""
         body = read_body(await request.read())
         if self.state == "loading":
-            raise _Refusal("loading", "expected a service that is ready; its models are being loaded", 2)
+            raise Refusal("loading", "expected a service that is ready; its models are being loaded", 2)
         if "items" not in body:
             (outcome,) = await self._submit([read_item(body)])
-            return _answer(outcome)
+            return answer(outcome)
         items = body["items"]
         if not isinstance(items, list):
             raise SpecError(f"items: expected a list of items, got {type(items).__name__}")
         if len(items) > self.batcher.limit:
-            raise _Refusal("too_large", f"items: expected at most {self.batcher.limit}, got {len(items)}")
+            raise Refusal("too_large", f"items: expected at most {self.batcher.limit}, got {len(items)}")
         read = [_read(item) for item in items]
         good = iter(await self._submit([item for item in read if isinstance(item, Item)]))
-        return _json(200, {"results": [_body(next(good) if isinstance(item, Item) else item) for item in read]})
+        return json_response(200, {"results": [body_of(next(good) if isinstance(item, Item) else item) for item in read]})
 
     async def get_health(self, request: web.Request) -> web.StreamResponse:
         """`GET /health`."""
@@ -148,15 +149,15 @@ class Service:
             "reward": None if self.reward is None else str(self.reward),
             "models": self.models,
         }
-        return _json(200 if self.state == "ready" else 503, health)
+        return json_response(200 if self.state == "ready" else 503, health)
 
     async def _submit(self, items: Sequence[Item]) -> list[Outcome]:
         try:
             return await self.batcher.submit(items)
         except QueueFullError as error:
-            raise _Refusal("queue_full", str(error), self.batcher.retry_after) from None
+            raise Refusal("queue_full", str(error), self.batcher.retry_after) from None
         except StoppingError as error:
-            raise _Refusal("stopping", str(error), 2) from None
+            raise Refusal("stopping", str(error), 2) from None
 
     def _load(self) -> None:
         reward = self._make()
@@ -175,40 +176,6 @@ class Service:
         return outcomes
 
 
-class _Refusal(Exception):  # noqa: N818 - no failure: an answer
-    def __init__(self, kind: str, message: str, after: int | None = None) -> None:
-        super().__init__(message)
-        self.failure = Failure(kind, message)
-        self.headers = {} if after is None else {"Retry-After": str(after)}
-
-
-@web.middleware
-async def _typed_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Whatever goes wrong, as `{"error": {"type", "message"}}`."""
-    try:
-        return await handler(request)
-    except SpecError as error:
-        return _answer(Failure("bad_request", str(error)))
-    except _Refusal as refusal:
-        return _answer(refusal.failure, refusal.headers)
-    except web.HTTPException as error:
-        allowed = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        return _answer(_told(error, request), allowed, error.status)
-    except web.RequestPayloadError:
-        return _answer(Failure("bad_request", "the body: expected what its headers say, got a broken one"))
-    except Exception as error:
-        _log.error("a handler raised %s", type(error).__name__)
-        return _answer(Failure("reward_failed", f"the service raised {type(error).__name__}"))
-
-
-def _told(error: web.HTTPException, request: web.Request) -> Failure:
-    kind = _STATUSES.get(error.status, "bad_request")
-    if kind == "too_large":
-        return Failure(kind, f"the body: expected at most {request.client_max_size} bytes, got more")
-    wanted = "POST /reward or GET /health"
-    return Failure(kind, f"expected {wanted}, got {request.method} {request.path:.100}")
-
-
 async def _before(stop: asyncio.Event, work: Awaitable[None]) -> bool:
     """Whether the work was done before the stop; raises what the work raises, and leaves it alone where it goes on."""
     task, waiting = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
@@ -224,20 +191,6 @@ def _read(value: Any) -> Item | Failure:
         return read_item(value)
     except SpecError as error:
         return Failure("bad_request", str(error))
-
-
-def _body(outcome: Outcome) -> dict[str, Any]:
-    return outcome.to_json() if isinstance(outcome, Failure) else outcome
-
-
-def _answer(outcome: Outcome, headers: dict[str, str] | None = None, status: int = 200) -> web.Response:
-    if isinstance(outcome, Failure) and status == 200:
-        status = ERRORS[outcome.type]
-    return _json(status, _body(outcome), headers)
-
-
-def _json(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> web.Response:
-    return web.json_response(body, status=status, headers=headers, dumps=partial(json.dumps, allow_nan=False))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -272,7 +225,7 @@ async def serve(args: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     await service.run(
-        args.host, args.port, stop, lambda port: print(f"ready: http://{args.host}:{port}/reward  {text}", flush=True)
+        args.host, args.port, stop, lambda: print(f"ready: http://{args.host}:{service.port}/reward  {text}", flush=True)
     )
     counts = service.counts
     print(f"stopped: {counts['scored']} scored, {counts['not_scorable']} not scorable, {counts['failed']} failed", flush=True)
@@ -281,6 +234,7 @@ async def serve(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status."""
     args = parser().parse_args(argv)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log is no terminal
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         asyncio.run(serve(args))

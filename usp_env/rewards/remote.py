@@ -57,6 +57,7 @@ class RemoteReward:
         when: `"end"`, or `"turn"` for a potential.
         max_attempts: Most attempts of one call.
         max_items: Most dialogues of one request; more go in several at the same time.
+        backoff: Longest first pause in seconds; it doubles from attempt to attempt.
 
     Raises:
         SpecError: The url is none of a server, holds a password, or a number is not above 0.
@@ -72,13 +73,14 @@ class RemoteReward:
     when: When = "end"
     max_attempts: int = 8
     max_items: int = 64
+    backoff: float = 0.5
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
             # Not shown whole: errors and transcripts name the url, and it may hold a password.
             raise SpecError(f"reward service: expected a url such as 'http://127.0.0.1:5000', got one of {parts.hostname!r}")
-        for name in ("timeout", "max_attempts", "max_items"):
+        for name in ("timeout", "max_attempts", "max_items", "backoff"):
             if not getattr(self, name) > 0:
                 raise SpecError(f"{name}: expected more than 0, got {getattr(self, name)!r}")
         object.__setattr__(self, "url", self.url.rstrip("/"))
@@ -192,10 +194,15 @@ class _Call:
     def _policy(self) -> tenacity.AsyncRetrying:
         return tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_PassingError),
-            wait=_pause,
+            wait=self._pause,
             stop=tenacity.stop_after_attempt(self.reward.max_attempts) | tenacity.stop_before_delay(self.reward.timeout),
             reraise=True,
         )
+
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome is not None else None
+        longest = min(_LONGEST_PAUSE, self.reward.backoff * 2.0 ** (state.attempt_number - 1))
+        return (error.after if isinstance(error, _PassingError) else 0.0) + longest * _jitter.uniform(0.5, 1.0)
 
     def _outcome(self, index: int) -> RewardTerms | BackendError | None:
         if index not in self.known:
@@ -204,12 +211,6 @@ class _Call:
         if isinstance(result, wire.Failure):
             return BackendError(f"reward service {self.reward.url}: {result.type}: {result.message:.600}")
         return result
-
-
-def _pause(state: tenacity.RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome is not None else None
-    longest = min(_LONGEST_PAUSE, 0.5 * 2.0 ** (state.attempt_number - 1))
-    return (error.after if isinstance(error, _PassingError) else 0.0) + longest * _jitter.uniform(0.5, 1.0)
 
 
 def _message(raw: bytes) -> str:
