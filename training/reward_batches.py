@@ -117,12 +117,10 @@ class Batcher(Generic[I, O]):
         """Wait until a batch is due, or nothing will come."""
         while not self._stopping and len(self._waiting) < self.max_batch:
             left = self._waiting[0].born + self.max_wait - time.monotonic() if self._waiting else None
-            if left is not None and left <= 0:
-                return
             self._changed.clear()
             try:
                 await asyncio.wait_for(self._changed.wait(), left)
-            except TimeoutError:
+            except TimeoutError:  # at once where nothing is left
                 return
 
     async def _serve(self, batch: list[_Entry[I, O]]) -> None:

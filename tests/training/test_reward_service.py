@@ -146,7 +146,8 @@ def test_a_large_request_is_cut_and_put_together() -> None:
     models = Models()
     with running(models.reward, max_batch=4) as (_, port):
         body = call(port, {"items": [item(f"dish {k}") for k in range(10)]})[1]
-    assert [len(batch) for batch in models.batches] == [1, 4, 4, 2]
+    said = [f"dish {k}" for k in range(10)]
+    assert models.batches[1:] == [said[:4], said[4:8], said[8:]]  # first come, first served
     assert [result["human"] for result in body["results"]] == [[number(f"dish {k}")] for k in range(10)]
 
 
@@ -539,7 +540,8 @@ def test_a_timeout_says_so() -> None:
 
 
 @pytest.mark.assets
-def test_the_packaged_models_over_the_wire() -> None:
+def test_the_packaged_models_over_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_service, "WARM_UP", reward_service.Item(COOK, talk()))  # no generation for nothing
     local = reward_scoring.open_reward(reward_scoring.expression(0.8))
     asked = [COOK, COOK], [talk("whats a good soup", "ok and without onions"), talk()]
     with running(lambda: local) as (_, port):
