@@ -99,7 +99,7 @@ class Service:
             UspError: The reward cannot be made.
         """
         # A caller that hangs up cancels its handler, and with it what it has in the queue.
-        runner = web.AppRunner(self.app(), handler_cancellation=True, access_log=None, logger=_http_log, shutdown_timeout=10.0)
+        runner = web.AppRunner(self.app(), handler_cancellation=True, access_log=None, logger=_http_log, shutdown_timeout=2.0)
         await runner.setup()
         scoring: asyncio.Task[None] | None = None
         try:

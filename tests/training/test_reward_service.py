@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,14 @@ def test_contents_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert "sk-12345" not in caplog.text
 
 
+def test_what_is_no_number_is_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    with running(Models().reward) as (service, port):
+        service.models = {"x": float("nan")}
+        status, body, _ = call(port, None, "/health", "GET")
+        assert (status, body["error"]) == (500, {"type": "reward_failed", "message": "the service raised ValueError"})
+    assert "a handler raised ValueError" in caplog.text
+
+
 def test_who_hangs_up_leaves_the_queue() -> None:
     models = Models()
     raw = json.dumps(item("gone")).encode()
@@ -358,7 +367,7 @@ def test_ready_once_the_models_are_loaded() -> None:
     models, loaded = Models(), threading.Event()
 
     def make() -> WeightedSum:
-        assert loaded.wait(60)
+        loaded.wait(15)
         return models.reward()
 
     with running(make, wait=False) as (service, port):
@@ -423,6 +432,7 @@ def test_sigterm_finishes_what_is_queued(program: Any, tmp_path: Path) -> None:
     until(lambda: health(port)["queue"] == 2)
     program.send_signal(signal.SIGTERM)
     until(lambda: not _answers(port))  # nothing new gets in
+    time.sleep(2.5)  # longer than a server waits for its handlers
     assert program.poll() is None
     (tmp_path / "go").touch()
     assert [(status, body["reward"]) for status, body, _ in calls.results()] == [(200, 4.0), (200, 8.0), (200, 17.0)]

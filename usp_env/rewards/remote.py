@@ -76,10 +76,11 @@ class RemoteReward:
     backoff: float = 0.5
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
-            # Not shown whole: errors and transcripts name the url, and it may hold a password.
-            raise SpecError(f"reward service: expected a url such as 'http://127.0.0.1:5000', got one of {parts.hostname!r}")
+        if not _is_url(self.url):
+            # Not shown: it may hold a password.
+            raise SpecError(
+                "reward service: expected a url such as 'http://127.0.0.1:5000', without password or query, got another"
+            )
         for name in ("timeout", "max_attempts", "max_items", "backoff"):
             if not getattr(self, name) > 0:
                 raise SpecError(f"{name}: expected more than 0, got {getattr(self, name)!r}")
@@ -98,7 +99,7 @@ class RemoteReward:
     def __call__(self, profiles: Sequence[Profile], dialogues: Sequence[Dialogue]) -> list[RewardTerms | BackendError | None]:
         """The service's terms of each dialogue; None where it cannot be scored; a `BackendError` where the service failed."""
         items = [wire.Item(*pair) for pair in zip(profiles, dialogues, strict=True)]
-        return background.run(self._score(items)) if items else []
+        return background.run(self._score(items))
 
     async def _score(self, items: Sequence[wire.Item]) -> list[RewardTerms | BackendError | None]:
         chunks = [items[start : start + self.max_items] for start in range(0, len(items), self.max_items)]
@@ -211,6 +212,16 @@ class _Call:
         if isinstance(result, wire.Failure):
             return BackendError(f"reward service {self.reward.url}: {result.type}: {result.message:.600}")
         return result
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:  # no port, no address
+        return False
+    plain = not (parts.query or parts.fragment or "@" in parts.netloc)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and plain
 
 
 def _message(raw: bytes) -> str:

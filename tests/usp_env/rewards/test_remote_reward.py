@@ -89,7 +89,7 @@ def test_terms() -> None:
 
 
 def test_nothing_is_asked_about_nothing() -> None:
-    assert RemoteReward("http://127.0.0.1:9")([], []) == []
+    assert score(good) == ([], [])
 
 
 def test_many_go_in_several_requests_and_keep_their_order() -> None:
@@ -212,6 +212,7 @@ def of_terms(utterance: Any, dialogue: Any) -> Callable[[Seen], Action]:
         (answers([1]), "expected an object with 'results', one for each of 1 items, got list [1]"),
         (answers({"results": [3]}), "expected a result with 'terms', got int 3"),
         (answers({"results": [{"valid": True, "reward": 0.5}]}), "expected a result with 'terms'"),
+        (of_terms([0.1], {}), "expected a result with 'terms'"),
         (of_terms({}, {}), "expected a result with 'terms'"),
         (of_terms({"human": [0.1, 0.2]}, {}), "expected vectors of 1 finite numbers"),
         (of_terms({"human": [float("nan")]}, {}), "expected vectors of 1 finite numbers"),
@@ -261,7 +262,10 @@ def test_an_unready_service_has_no_identity() -> None:
         RemoteReward(url, **LINGER).identity  # noqa: B018
 
 
-@pytest.mark.parametrize("url", ["", "localhost:5000", "ftp://x", "http://", "http://me:secret@host", "http://host?key=secret"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "localhost:5000", "ftp://x", "http://", "http://h:x", "http://[h", "http://me:secret@host", "http://host?key=secret"],
+)
 def test_a_url_is_checked_and_not_quoted(url: str) -> None:
     with pytest.raises(SpecError, match="expected a url such as") as caught:
         RemoteReward(url)
