@@ -42,6 +42,7 @@ require("aiohttp", "service")
 from aiohttp import web  # noqa: E402
 
 MIB = 2**20
+_WRITING = 5.0  # seconds that the last answers have to leave
 _log = logging.getLogger("usp_env.reward_service")
 _http_log = logging.getLogger("usp_env.reward_service.http")
 _http_log.setLevel(logging.CRITICAL)  # aiohttp quotes what it could not read
@@ -99,7 +100,8 @@ class Service:
             UspError: The reward cannot be made.
         """
         # A caller that hangs up cancels its handler, and with it what it has in the queue.
-        runner = web.AppRunner(self.app(), handler_cancellation=True, access_log=None, logger=_http_log, shutdown_timeout=2.0)
+        settings: dict[str, Any] = {"access_log": None, "logger": _http_log, "shutdown_timeout": _WRITING}
+        runner = web.AppRunner(self.app(), handler_cancellation=True, **settings)
         await runner.setup()
         scoring: asyncio.Task[None] | None = None
         try:
