@@ -145,7 +145,7 @@ def why_unscored(item: Item, unread: Sequence[str]) -> str:
         >>> why_unscored(Item(WARM_UP.profile, Dialogue()), ["human"])
         'no user turn: the user said nothing'
     """
-    if not item.dialogue.turns:
+    if not any(text.strip() for text in item.dialogue.utterances("user")):
         return "no user turn: the user said nothing"
     if "cycle" in unread:
         blank = [half for half in ("objective", "subjective") if not getattr(item.profile, half).strip()]

@@ -78,6 +78,7 @@ def test_equation_6() -> None:
     [
         (item(), "no user turn"),
         ({**item(), "messages": [{"role": "assistant", "content": "Hello."}]}, "no user turn"),
+        (item(" \n", ""), "no user turn: the user said nothing"),
         (item("soup?", subjective="\n "), "the profile's subjective half is blank"),
         (item("soup?", objective="", subjective=""), "the profile's objective and subjective half is blank"),
         (item("UNREADABLE"), "wrote no two paragraphs"),
