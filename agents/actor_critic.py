@@ -181,6 +181,27 @@ class ActorCritic:
         with torch.autocast(states.device.type, enabled=False):  # which would round V to 8 bits
             return scatter(self.head(states[rows.own[:, 1:]].float()).squeeze(-1), rows.own)
 
+    def merged(self, part: Part = "policy") -> Iterator[tuple[str, Tensor]]:
+        """Name to weight of one part as a model by itself, under the base's own names: what another engine loads.
+
+        W + (α/r)·B·A in float32, then in W's dtype; one weight at a time, so that no second model is held.
+        """
+        model, adapter = self.models[part], self.adapters.get(part)
+        if not self.adapters:
+            yield from ((name, weight.detach()) for name, weight in model.named_parameters())
+            return
+        base = model.get_base_model()
+        for name, weight in base.named_parameters():
+            if ".lora_" in name:
+                continue
+            layer = base.get_submodule(name.rpartition(".base_layer.")[0]) if ".base_layer.weight" in name else None
+            if layer is not None and adapter in layer.lora_A:
+                with torch.no_grad():
+                    added = layer.get_delta_weight(adapter)
+                    yield name.replace(".base_layer", ""), (weight.float() + added.float()).to(weight.dtype)
+            else:
+                yield name.replace(".base_layer", ""), weight.detach()
+
     def trained(self, part: Part) -> dict[str, torch.nn.Parameter]:
         """Name to parameter of what an optimiser moves: of `policy` or of `critic` (its head with it)."""
         if self.adapters:
