@@ -10,7 +10,7 @@
 
 PYTHON ?= python3
 PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
-EXTRAS := hf,openai,sampling,report,data,train,dev
+EXTRAS := hf,openai,service,sampling,report,data,train,dev
 
 .PHONY: bench demo results test test-vllm lint fetch clean
 

@@ -136,6 +136,7 @@ class ActorCritic:
             model.add_adapter("critic", copy.deepcopy(config))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".policy." in name or ".critic." in name)
+        model.eval()  # an adapter that was trained with dropout comes with it
         adapters: dict[Part, str | None] = {"policy": "policy", "ref": "ref" if adapter is not None else None, "critic": "critic"}
         models: dict[Part, Any] = {"policy": model, "ref": model, "critic": model}
         return cls(models, adapters, new_head(base), _vocabulary(tokenizer), end_id, temperature)
@@ -143,6 +144,7 @@ class ActorCritic:
     @classmethod
     def full(cls, model: Any, tokenizer: Any, end_id: int | None = None, temperature: float = 1.0) -> ActorCritic:
         """Three models, of which `policy` and `critic` are trained whole and `ref` stays as it is."""
+        model.eval()
         models: dict[Part, Any] = {"policy": model, "ref": copy.deepcopy(model), "critic": copy.deepcopy(model)}
         models["policy"].requires_grad_(True)
         models["ref"].requires_grad_(False)
@@ -168,14 +170,37 @@ class ActorCritic:
         """
         keep = rows.own[:, 1:].any(0).nonzero().squeeze(1)
         logits = self.models[part](**rows.inputs, logits_to_keep=keep, use_cache=False).logits
-        return logits[rows.own[:, keep + 1]][:, : self.vocabulary].float() / self.temperature
+        found: Tensor = logits[rows.own[:, keep + 1]][:, : self.vocabulary].float() / self.temperature
+        return found
 
     def values(self, rows: Rows) -> Tensor:
         """V of the state before each own token, (B, T), 0 off own tokens; float32."""
         model = self.models["critic"]
         decoder = (model.get_base_model() if self.adapters else model).get_decoder()
         states = decoder(**rows.inputs, use_cache=False).last_hidden_state[:, :-1]
-        return scatter(self.head(states[rows.own[:, 1:]].float()).squeeze(-1), rows.own)
+        with torch.autocast(states.device.type, enabled=False):  # which would round V to 8 bits
+            return scatter(self.head(states[rows.own[:, 1:]].float()).squeeze(-1), rows.own)
+
+    def merged(self, part: Part = "policy") -> Iterator[tuple[str, Tensor]]:
+        """Name to weight of one part as a model by itself, under the base's own names: what another engine loads.
+
+        W + (α/r)·B·A in float32, then in W's dtype; one weight at a time, so that no second model is held.
+        """
+        model, adapter = self.models[part], self.adapters.get(part)
+        if not self.adapters:
+            yield from ((name, weight.detach()) for name, weight in model.named_parameters())
+            return
+        base = model.get_base_model()
+        for name, weight in base.named_parameters():
+            if ".lora_" in name:
+                continue
+            layer = base.get_submodule(name.rpartition(".base_layer.")[0]) if ".base_layer.weight" in name else None
+            if layer is not None and adapter in layer.lora_A:
+                with torch.no_grad():
+                    added = layer.get_delta_weight(adapter)
+                    yield name.replace(".base_layer", ""), (weight.float() + added.float()).to(weight.dtype)
+            else:
+                yield name.replace(".base_layer", ""), weight.detach()
 
     def trained(self, part: Part) -> dict[str, torch.nn.Parameter]:
         """Name to parameter of what an optimiser moves: of `policy` or of `critic` (its head with it)."""

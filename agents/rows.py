@@ -24,7 +24,8 @@ class Row:
         token_ids: (T,).
         utterance_ids: (T,), 0 … K−1 on own tokens, −1 elsewhere.
         behaviour: (T,) log-probability of each own token when it was sampled; 0 elsewhere.
-        banned: (T,) whether the end of the conversation could not be sampled there: own tokens of an opening.
+        banned: (T,) whether the end of the conversation could not be sampled there: own tokens of an opening, and all of an
+            assistant, who has no right to it.
     """
 
     token_ids: tuple[int, ...]
@@ -118,7 +119,8 @@ class _Growing:
         """Append an utterance as it was sampled."""
         said = ids[:-1] if ids and ids[-1] == self.renderer.header_start_id else ids
         if said:
-            self._append(said, self.utterances, (behaviour or [0.0] * len(ids))[: len(said)], opening)
+            banned = opening or self.role != "user"
+            self._append(said, self.utterances, (behaviour or [0.0] * len(ids))[: len(said)], banned)
             self.utterances += 1
 
     def _append(self, ids: Sequence[int], utterance: int, behaviour: Sequence[float], banned: bool) -> None:

@@ -63,7 +63,8 @@ class TokenSpeaker:
 
     def row(self, episode: Episode) -> Row:
         """A finished episode's row, with the end or the failure that did not become a message."""
-        last = self._last.get(episode.agent_seed)  # a message that was taken makes the next seed another one
+        taken = bool(episode.messages) and episode.messages[-1].role == self.role  # what came last is a message already
+        last = None if taken else self._last.get(episode.agent_seed)
         return row_of(self.renderer, self.prefix(episode.profile), episode.messages, self.role, last)
 
     def forget(self) -> None:

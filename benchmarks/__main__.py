@@ -22,6 +22,7 @@ NAMES = (
     "hf_batching",
     "novelty",
     "evaluate_growth",
+    "rlcc_step",
     "side_by_side",
     "real_servers",
 )

@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-n", type=int, help="people of the split (default: all)")
     made.add_argument("--bench-n", type=int, help="profiles of a population (default: the protocol's)")
     made.add_argument("--turns", type=int, help="most user turns (default: 10)")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the evaluation's models, see usp-env evaluate")
     made.add_argument("--runs", type=Path, default=Path("runs/results"), help="where the runs lie")
     made.add_argument("--results", type=Path, default=Path("results"), help="where the cards are kept")
     made.add_argument("--out", type=Path, default=Path("RESULTS.md"))
@@ -73,9 +74,10 @@ def run(args: argparse.Namespace) -> None:
     few = [] if args.n is None else ["-n", str(args.n)]
     turns = [] if args.turns is None else ["--turns", str(args.turns)]
     profiles = [] if args.bench_n is None else ["--n", str(args.bench_n)]
+    dtype = [] if args.dtype is None else ["--dtype", args.dtype]
     users = [word for user in args.users for word in ("--user", user)]
     commands = {
-        "users": ["evaluate", *users, "--split", args.split, *few, *turns],
+        "users": ["evaluate", *users, "--split", args.split, *few, *turns, *dtype],
         "assistants": ["benchmark", "--assistants", *args.assistants, *profiles, *turns],
     }
     for name, words in commands.items():

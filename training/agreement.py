@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from training.conversations import of_split
 from training.perplexity import strangers
+from training.run_directory import check_folders
 from usp_env.dialogue import Dialogue
 from usp_env.errors import BackendError
 from usp_env.extraction.generator import ProfileTexts, load_generator
@@ -128,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--save", type=Path, help="JSONL of what the generators wrote, to be read by a person")
     made.add_argument("--out", type=Path)
     args = made.parse_args(argv)
+    check_folders(args.out, args.save)
     embed = embedders.load(args.embedder)
     pairs = of_split(args.bank, args.split)[: args.n]
     people, dialogues = [profile for profile, _ in pairs], [dialogue for _, dialogue in pairs]

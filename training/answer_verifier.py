@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training.auxiliary import Array, Clock, Person, auc, bootstrap, ece, platt, quick_reader, save, shown, write_card, youden
+from training.auxiliary import Array, Clock, Person, auc, bootstrap, platt, quick_reader, save, shown, write_card, youden
 from training.verifiers import SEED, Setting, balance, fit_network, idf_of, prefixed, prepare
+from usp_env.metrics.reliability import ece
 from usp_env.models import features, pairs
 from usp_env.models.scorers import ANSWER_EXTRAS, Head, about, answer_extras, pair_matrix, read_weights, sigmoid
 from usp_env.rewards.goal import MAX_SENTENCES, candidates, sentences

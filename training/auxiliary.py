@@ -94,14 +94,6 @@ def macro_f1(predicted: Array, labels: Array) -> float:
     return float(np.mean(each))
 
 
-def ece(probabilities: Array, labels: Array, bins: int = 10) -> float:
-    """Expected calibration error over equal-width bins: Σ n_b/n |mean p − share of positives| (Naeini et al., 2015)."""
-    p, labels = np.asarray(probabilities, float), np.asarray(labels, float)
-    place = np.minimum((p * bins).astype(int), bins - 1)
-    gaps = [abs(p[place == b].sum() - labels[place == b].sum()) for b in range(bins)]
-    return float(sum(gaps) / len(p))
-
-
 def youden(scores: Array, labels: Array) -> float:
     """The threshold t that maximises TPR − FPR of `score >= t`; midway between the two scores it falls between."""
     scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
@@ -156,6 +148,20 @@ def write_card(name: str, text: str, figures: dict[str, Any]) -> Path:
     return path
 
 
+def keep(file: Path, write: Callable[[Any], object]) -> None:
+    """Write a file of a cache whole or not at all: what a kill cut off would stop every later run.
+
+    Args:
+        file: Where; missing folders are made.
+        write: Told the stream to write to.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_name(f"{file.name}.new")
+    with fresh.open("wb") as stream:
+        write(stream)
+    fresh.replace(file)
+
+
 def quick_vectors(texts: Sequence[str], cache: Path | None = None) -> Array:
     """MiniLM vectors of the texts' first 64 word pieces in bfloat16 (cosine with the exact ones .9999), (n, 384).
 
@@ -171,8 +177,7 @@ def quick_vectors(texts: Sequence[str], cache: Path | None = None) -> Array:
     assert isinstance(exact, embedders.TransformerEmbedder)
     vectors = embedders.TransformerEmbedder(copy.deepcopy(exact._model).bfloat16(), exact._tokenizer, "minilm-quick", 64)(texts)
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file, vectors)
+        keep(file, lambda stream: np.save(stream, vectors))
     return vectors
 
 

@@ -12,27 +12,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from training.auxiliary import Array, Clock, Person, auc, bootstrap, ece, macro_f1, people, platt, save, shown, write_card
+from training.auxiliary import Array, Clock, Person, auc, bootstrap, keep, macro_f1, people, platt, save, shown, write_card
 from usp_env.dialogue import Message, View
+from usp_env.metrics.reliability import TOLERANCE, ece, matched
 from usp_env.models import features
 from usp_env.models.scorers import HumanLikeness, read_weights
 
 NAME = "human-v1"
 SEED = 0
 BUCKETS = 2**16
-TOLERANCE = 0.2  # |log of the ratio of lengths| within which two texts are a matched pair
 SURFACE_WEIGHT = 0.1  # standardised columns beside rows of norm 1
 TWIN_CONVERSATIONS = 700
 TWIN_TURNS = 5
 EVERY = 10**6  # held-out conversations are judged whole: as many user turns as replies
-_CUT = re.compile(r"(?<=[.!?:])\s+|\n+")
 
 
 class Example(NamedTuple):
@@ -51,17 +49,6 @@ class Example(NamedTuple):
     pair: int = -1
 
 
-def prefixes(reply: str) -> list[str]:
-    """The first sentence of a reply, the first two, and so on.
-
-    Example:
-        >>> prefixes("Sure. Use a list: it is short")
-        ['Sure.', 'Sure. Use a list:', 'Sure. Use a list: it is short']
-    """
-    ends = [*(match.start() for match in _CUT.finditer(reply)), len(reply)]
-    return [part for part in dict.fromkeys(reply[:end].strip() for end in ends) if part]
-
-
 def examples(chosen: Sequence[Person], turns: int, replies: int, seed: int) -> list[Example]:
     """User turns (at most `turns` a conversation), a matched prefix for each that has one, at most `replies` whole replies."""
     rng = np.random.default_rng(seed)
@@ -70,7 +57,7 @@ def examples(chosen: Sequence[Person], turns: int, replies: int, seed: int) -> l
     for person in chosen:
         for text in _some(rng, [turn for turn in person.turns if turn.strip()], turns):
             number = len(found)
-            match = _matched(rng, pool, text, person.id)
+            match = matched(rng, pool, text, person.id)
             found.append(Example(person.id, text, "user", number if match else -1))
             if match:
                 found.append(Example(match[0], match[1], "matched", number))
@@ -80,18 +67,6 @@ def examples(chosen: Sequence[Person], turns: int, replies: int, seed: int) -> l
 
 def _some(rng: np.random.Generator, texts: list[str], n: int) -> list[str]:
     return [texts[i] for i in sorted(rng.choice(len(texts), min(n, len(texts)), replace=False))]
-
-
-def _matched(rng: np.random.Generator, pool: Sequence[tuple[str, str]], text: str, own: str) -> tuple[str, str] | None:
-    """The prefix of one of 8 replies that is nearest to a text in length, if any of another conversation is near enough."""
-    options = []
-    for k in rng.integers(len(pool), size=8):
-        cluster, reply = pool[int(k)]
-        if cluster == own:
-            continue
-        options += [(abs(np.log(len(part) / len(text))), cluster, part) for part in prefixes(reply[: 2 * len(text) + 200])]
-    gap, cluster, part = min(options, key=lambda option: option[0], default=(np.inf, "", ""))
-    return (cluster, part) if gap <= TOLERANCE else None
 
 
 def roleplay(chosen: Sequence[Person], n: int, seed: int) -> list[Example]:
@@ -239,7 +214,7 @@ def _played(found: dict[str, list[Person]], n: int, cache: Path | None) -> dict[
         played = {"train": roleplay(chosen["train"], n, 1000), "test": roleplay(chosen["test"], n // 2, 2000)}
         kept = {"asked": asked, "played": played}
         if cache:
-            cache.write_text(json.dumps(kept), "utf-8")
+            keep(cache, lambda stream: stream.write(json.dumps(kept).encode()))
     return {split: [Example(*row) for row in rows] for split, rows in kept["played"].items()}
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from agents.actor_critic import ActorCritic, Part, Rows, scatter
 from agents.rows import Row
 from training import ppo
+from training.run_log import Clock
 from usp_env.errors import TrainingError
 
 
@@ -97,8 +98,10 @@ class Learner:
         Raises:
             TrainingError: A loss or a gradient was not finite; the weights are those before the step that found it.
         """
+        clock = Clock()
         batch = self.prepare(rows, credit)
         stats = batch.stats(self._sum)
+        clock.lap("log_prob_seconds")
         steps: list[dict[str, float]] = []
         for epoch in range(self.settings.epochs):
             for chosen in self._minibatches(len(rows), step, epoch, credit):
@@ -107,12 +110,13 @@ class Learner:
             stats[key] = float(np.mean([one[key] for one in steps]))
         if steps:
             stats["first_ratio_error"], stats["first_clip_fraction"] = steps[0]["ratio_error"], steps[0]["clip_fraction"]
-        return stats
+        clock.lap("update_seconds")
+        return stats | clock.laps
 
     def prepare(self, rows: Sequence[Row], credit: Sequence[Sequence[float]]) -> Prepared:
         """Everything that is computed once, before the weights move: old, reference, values, advantages, returns."""
         if not rows:
-            return Prepared.empty(self.settings, self._sum)
+            return Prepared.empty(self.accelerator.device, self._sum)
         whole = Rows.of(rows, self.accelerator.device)
         old, reference, values, spread = (torch.zeros_like(whole.behaviour) for _ in range(4))
         with torch.no_grad():
@@ -243,10 +247,10 @@ class Prepared:
     returns: Tensor
 
     @classmethod
-    def empty(cls, settings: Settings, total: Any) -> Prepared:
-        """Of a process without a valid dialogue; it takes part in every sum."""
-        none = torch.zeros(0, 0)
-        total(ppo.moments(none, none.bool()))
+    def empty(cls, device: Any, total: Any) -> Prepared:
+        """Of a process without a valid dialogue; it takes part in every sum, on its own device."""
+        none = torch.zeros(0, 0, device=device)
+        total(none.new_zeros(3, dtype=torch.float64))  # its `ppo.moments`
         return cls([], None, *(none for _ in range(6)))
 
     def part(self, chosen: Sequence[int], device: Any) -> tuple[Rows, Mapping[str, Tensor]]:
@@ -258,7 +262,7 @@ class Prepared:
 
     def stats(self, total: Any) -> dict[str, float]:
         """Means over own tokens of all processes."""
-        own = torch.zeros(0, 0, dtype=torch.bool) if self.whole is None else self.whole.own
+        own = self.old.bool() if self.whole is None else self.whole.own
         behaviour = self.old if self.whole is None else self.whole.behaviour
         kl = ppo.kl_estimate(self.old, self.reference)
         sums = [self.old, kl, ppo.kl_estimate(self.old, self.reference, "k3"), self.entropy, (self.old - behaviour).abs()]
@@ -266,7 +270,7 @@ class Prepared:
         found = total(torch.stack([x[own].double().sum() for x in sums] + [own.sum().double()]))
         *means, _ = (found / found[-1].clamp(min=1)).tolist()
         logp, k1, k3, spread, mismatch, value, mean_return, squares, error = means
-        variance = squares - mean_return**2
+        variance, residual = squares - mean_return**2, error - (mean_return - value) ** 2
         return {
             "own_tokens": float(found[-1]),
             "log_prob": logp,
@@ -277,8 +281,8 @@ class Prepared:
             "value": value,
             "return": mean_return,
             "advantage": mean_return - value,  # before it is whitened
-            "advantage_std": max(0.0, error - (mean_return - value) ** 2) ** 0.5,
-            "explained_variance": 1 - error / variance if variance > 1e-12 else float("nan"),
+            "advantage_std": max(0.0, residual) ** 0.5,
+            "explained_variance": 1 - residual / variance if variance > 1e-12 else float("nan"),
         }
 
 

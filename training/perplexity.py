@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from training.conversations import of_split
+from training.run_directory import check_folders
 from training.sft_rows import Limits, Row, clip, make_row
 from usp_env.errors import SpecError
 from usp_env.models import assets
@@ -54,7 +55,13 @@ def interval(losses: Losses, other: Losses | None = None, draws: int = 2000, see
 
 
 def strangers(n: int, seed: int = 0) -> npt.NDArray[np.intp]:
-    """A permutation of n >= 2 people without fixed points: everybody gets somebody else's profile."""
+    """A permutation of n >= 2 people without fixed points: everybody gets somebody else's profile.
+
+    Raises:
+        SpecError: Fewer people.
+    """
+    if n < 2:
+        raise SpecError(f"expected at least 2 people, so that each can have somebody else's profile, got {n}")
     order = np.random.default_rng(seed).permutation(n)
     wrong = np.empty(n, np.intp)
     wrong[order] = np.roll(order, 1)
@@ -135,6 +142,21 @@ def ratios(losses: dict[str, Losses]) -> dict[str, dict[str, Any]]:
     return made
 
 
+def adapters_of(given: Sequence[str]) -> dict[str, Path | None]:
+    """Names and folders of `NAME=FOLDER`.
+
+    Raises:
+        SpecError: Another form, a name twice, or one that a row of the table has already.
+    """
+    found: dict[str, Path | None] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not name or not folder or " / " in name or name.startswith("untuned") or name in found:
+            raise SpecError(f"--adapter {text}: expected NAME=FOLDER, each name once and none that begins with 'untuned'")
+        found[name] = Path(folder)
+    return found
+
+
 def settings(model: str, max_tokens: int, folders: Mapping[str, Path | None]) -> dict[str, dict[str, Any]]:
     """What decides the losses under each adapter besides the conversations; of its weights the digest."""
     from usp_env.backends.digests import hash_folder
@@ -185,13 +207,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--known", type=Path, help="what an earlier --out holds of these adapters is not measured again")
     made.add_argument("--out", type=Path)
     args = made.parse_args(argv)
+    check_folders(args.out)
     import transformers
 
     where = assets.path(args.model) if args.model in assets.ASSETS else args.model
     renderer = Renderer(transformers.AutoTokenizer.from_pretrained(where))
     rows = variants(renderer, args.split, args.bank, args.n, Limits(tokens=args.max_tokens))
     folders: dict[str, Path | None] = {"untuned": None}
-    folders |= {n: Path(f) for n, _, f in (a.partition("=") for a in args.adapter)}
+    folders |= adapters_of(args.adapter)
     wanted = settings(args.model, args.max_tokens, folders)
     losses = known(args.known, rows, wanted)
     for name, folder in folders.items():

@@ -237,8 +237,10 @@ def whiten(x: Tensor, mask: Tensor, of: Tensor | None = None) -> Tensor:
     if not count:
         return torch.zeros_like(x)
     mean = total / count
-    deviation = max(0.0, squares / count - mean * mean) ** 0.5
-    return torch.where(mask, (x - mean) / max(deviation, 1e-8), 0.0) if deviation > 1e-8 else torch.zeros_like(x)
+    variance = squares / count - mean * mean
+    if variance <= 1e-16:  # NaN is not: what is wrong has to show
+        return torch.zeros_like(x)
+    return torch.where(mask, (x - mean) / variance**0.5, 0.0)
 
 
 class PolicyLoss(NamedTuple):

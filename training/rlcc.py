@@ -101,7 +101,8 @@ class Rlcc:
     def _conductor(self, sampler: Sampler) -> Conductor:
         reward = self.args.reward or "+".join(f"{weight:g}*{name}" for name, weight in self.weights.items() if weight)
         assistant, population = assistants.load(self.args.assistant), sampler.populations[0]
-        return make_conductor(assistant, sampler, reward, "user", population=population, max_turns=self.args.turns)
+        made = make_conductor(assistant, sampler, reward, "user", population=population, max_turns=self.args.turns)
+        return rollouts.late(made)
 
     @property
     def main(self) -> bool:
@@ -157,8 +158,7 @@ class Rlcc:
         population = "density" if args.real_profiles else "virtual"
         specs = rollouts.specs_of(self.pool, step, args.dialogues, args.seed, population)
         mine = specs[self.accelerator.process_index :: self.accelerator.num_processes]
-        play = rollouts.roll_out(self.conductor, self.speaker, mine, args.lanes)
-        clock.lap("rollout_seconds")  # rewards are part of it: each dialogue is scored where it ends
+        play = rollouts.roll_out(self.conductor, self.speaker, mine, args.lanes, clock)
         if step % args.dialogues_every == 0:
             speakers = {"user": "policy", "assistant": self.conductor.partner.spec}
             self._write(lambda: self.log.keep(step + 1, play.episodes, speakers), by_all=True)
@@ -170,7 +170,7 @@ class Rlcc:
             )
         stats = self.learner.update(play.rows, play.credit, step, args.updates)
         self._forget()
-        clock.lap("update_seconds")
+        clock.skip()
         everyone: list[Episode] = gather_object(list(play.episodes))
         scored = [episode for episode in everyone if episode.outcome == "completed"]
         found = {"step": step + 1, "dialogues": len(everyone), "learnt": total, "invalid": sum(not e.valid for e in everyone)}
@@ -188,6 +188,7 @@ class Rlcc:
         specs = [EpisodeSpec(self.validation.sampler.bank[int(i)].id, "uniform", int(rng.integers(2**53))) for i in people]
         mine = specs[self.accelerator.process_index :: self.accelerator.num_processes]
         played = roll(self.validation, self.speaker, mine, self.args.lanes)
+        rollouts.score(self.validation, played)
         self.speaker.forget()
         self._forget()
         everyone: list[Episode] = gather_object(played)

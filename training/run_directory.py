@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from usp_env.errors import RunDirectoryError
+from usp_env.errors import RunDirectoryError, SpecError
 from usp_env.files import write_whole
 
 ARGUMENTS = "arguments.json"  # what a run directory is trained with
@@ -20,23 +20,33 @@ def arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
+def check_folders(*files: Path | None) -> None:
+    """Refuse files that could not be written when all is measured, before anything is.
+
+    Raises:
+        SpecError: The folder of one is not there, or it is a folder itself.
+    """
+    for file in files:
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise SpecError(f"{file}: expected a file in a folder that is there")
+
+
 def last_checkpoint(args: argparse.Namespace) -> str | None:
-    """The checkpoint to go on from, if there is one.
+    """The checkpoint to go on from, if there is a whole one.
 
     Raises:
         RunDirectoryError: There is one without `--resume`, or of a run with other arguments.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    checkpoint: str | None = get_last_checkpoint(args.out) if args.out.is_dir() else None
-    if checkpoint is None:
+    found = sorted((folder for folder in args.out.glob("checkpoint-*") if _step(folder) >= 0), key=_step)
+    whole = [folder for folder in found if _state(folder) is not None]
+    if not found:
         return None
     if not args.resume:
         raise RunDirectoryError(f"--out {args.out} holds checkpoints of an earlier run: take another, or --resume to go on")
     if not (args.out / ARGUMENTS).is_file():
         raise RunDirectoryError(f"--out {args.out} holds checkpoints and no {ARGUMENTS}, so what they are of: take another")
     check_same(args, FREE)
-    return checkpoint
+    return str(whole[-1]) if whole else None
 
 
 def check_same(args: argparse.Namespace, free: Sequence[str]) -> None:
@@ -49,7 +59,10 @@ def check_same(args: argparse.Namespace, free: Sequence[str]) -> None:
     Raises:
         RunDirectoryError: It was not; the message names each difference.
     """
-    known, wanted = json.loads((args.out / ARGUMENTS).read_text("utf-8")), json.loads(json.dumps(arguments(args)))
+    try:
+        known, wanted = dict(json.loads((args.out / ARGUMENTS).read_text("utf-8"))), json.loads(json.dumps(arguments(args)))
+    except (ValueError, TypeError) as error:
+        raise RunDirectoryError(f"{args.out / ARGUMENTS}: expected a run's arguments, it is damaged ({error})") from error
     keys = sorted({*known, *wanted}.difference(free))
     if differ := [f"{key} {known.get(key)!r}, now {wanted.get(key)!r}" for key in keys if known.get(key) != wanted.get(key)]:
         raise RunDirectoryError(f"--resume: {args.out} was begun with other arguments: {'; '.join(differ)}")
@@ -81,9 +94,23 @@ def begin(args: argparse.Namespace, free: Sequence[str]) -> None:
         raise RunDirectoryError(f"--out {args.out} cannot be written ({error}): take another") from error
 
 
+def _step(checkpoint: Path) -> int:
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isascii() and step.isdigit() else -1
+
+
+def _state(checkpoint: Path) -> dict[str, Any] | None:
+    """The trainer's state, the last file that it writes: None where a kill or a full disk left a checkpoint without it."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+        return state if isinstance(state["log_history"], list) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def spent(checkpoint: str | None) -> float:
     """Seconds of a run up to its checkpoint, over all its pieces."""
     if checkpoint is None:
         return 0.0
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text("utf-8"))
-    return float(max(entry.get("eval_seconds", 0.0) for entry in state["log_history"]))
+    state = _state(Path(checkpoint)) or {"log_history": []}
+    return float(max((entry.get("eval_seconds", 0.0) for entry in state["log_history"]), default=0.0))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 from training.conversations import continued, of_split, silver_of
 from training.run_directory import ARGUMENTS, arguments, last_checkpoint, spent
 from training.sft_rows import IGNORED, Limits, Row, make_rows
+from usp_env.errors import SpecError, UspError
 from usp_env.files import write_whole
 from usp_env.models import assets
 from usp_env.profiles import PACKAGED
@@ -86,7 +88,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     )
     if args.full:
         return model, tokenizer
-    first, last = (int(n) for n in args.layers.split("-")) if args.layers else (0, model.config.num_hidden_layers - 1)
+    first, last = layers_of(args.layers, model.config.num_hidden_layers)
     config = peft.LoraConfig(
         r=args.rank,
         lora_alpha=2 * args.rank,
@@ -97,6 +99,22 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     return peft.get_peft_model(model, config), tokenizer
+
+
+def layers_of(text: str | None, n: int) -> tuple[int, int]:
+    """First and last of the layers that are trained.
+
+    Raises:
+        SpecError: No range of the model's layers. PEFT would train all for an empty one, without a word.
+
+    Example:
+        >>> layers_of("20-29", 30), layers_of(None, 30)
+        ((20, 29), (0, 29))
+    """
+    first, _, last = (text or f"0-{n - 1}").partition("-")
+    if first.isdecimal() and last.isdecimal() and int(first) <= int(last) < n:
+        return int(first), int(last)
+    raise SpecError(f"--layers {text}: expected FIRST-LAST within 0-{n - 1}")
 
 
 def dataset(rows: Iterable[Row], content_only: bool = False) -> Any:
@@ -169,7 +187,9 @@ def trainer_class() -> type[Any]:
             self.costs: list[tuple[float, int]] = []  # summed loss and counted tokens of each batch
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             losses, counts = zip(*gather_object(self.costs), strict=True)
-            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / max(1, sum(counts))
+            mean = sum(losses) / max(1, sum(counts))
+            # NaN is below nothing and above nothing: a step of it would stay the best one.
+            output.metrics[f"{metric_key_prefix}_loss"] = mean if math.isfinite(mean) else math.inf
             output.metrics[f"{metric_key_prefix}_seconds"] = time.time() - self.start
             return output
 
@@ -222,6 +242,9 @@ def fit(model: Any, tokenizer: Any, train: Sequence[Row], val: Sequence[Row], ar
     from peft.helpers import disable_input_dtype_casting
 
     checkpoint = last_checkpoint(args)
+    for split, rows in (("train", train), ("val", val)):
+        if not rows:
+            raise SpecError(f"--bank {args.bank}: no conversation of {split!r} with anything to learn is left by these options")
     start = time.time() - spent(checkpoint)
     trained = sum(label != IGNORED for row in train for label in row.labels)
     tokens = sum(len(row.input_ids) for row in train)
@@ -244,7 +267,9 @@ def fit(model: Any, tokenizer: Any, train: Sequence[Row], val: Sequence[Row], ar
     if not trainer.is_world_process_zero():
         return
     curve = [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
-    best = min(curve[1:], key=lambda pair: pair[1])  # of what is trained: the weights that are kept
+    best = min(curve[1:] or curve, key=lambda pair: pair[1])  # of what is trained: the weights that are kept
+    if not math.isfinite(best[1]):
+        raise UspError(f"--out {args.out}: every validation loss is NaN or infinite: train with a lower --lr, or without --bf16")
     if best[1] >= curve[0][1]:
         warnings.warn(f"training made it worse: validation {curve[0][1]:.4f} untrained, {best[1]:.4f} at best", stacklevel=2)
     record = {

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from training.auxiliary import Array, Clock, Person, auc, bootstrap, people, quick_vectors, save, shown, write_card, youden
 from usp_env.models import features
@@ -48,8 +49,8 @@ class Trials(NamedTuple):
     cluster: Array
 
 
-def turns_of(chosen: Sequence[Person], at_most: int, cache: Path | None, rng: np.random.Generator) -> Turns:
-    """Distinct turns long enough to have a style, of authors that have two of them."""
+def chosen_turns(chosen: Sequence[Person], at_most: int, rng: np.random.Generator) -> tuple[list[str], npt.NDArray[np.str_]]:
+    """Distinct turns long enough to have a style, of authors that have two of them; and their authors."""
     texts: list[str] = []
     author: list[str] = []
     for person in chosen:
@@ -58,7 +59,13 @@ def turns_of(chosen: Sequence[Person], at_most: int, cache: Path | None, rng: np
         if len(own) >= 2:
             texts += own
             author += [person.id] * len(own)
-    return Turns(texts, np.array(author), quick_vectors(texts, cache))
+    return texts, np.array(author)
+
+
+def turns_of(chosen: Sequence[Person], at_most: int, cache: Path | None, rng: np.random.Generator) -> Turns:
+    """`chosen_turns`, with their topics."""
+    texts, authors = chosen_turns(chosen, at_most, rng)
+    return Turns(texts, authors, quick_vectors(texts, cache))
 
 
 def trials(turns: Turns, anchors: set[str], controlled: bool, rng: np.random.Generator) -> Trials:

@@ -25,7 +25,7 @@ from training.auxiliary import (
     Person,
     auc,
     bootstrap,
-    ece,
+    keep,
     people,
     quick_reader,
     quick_vectors,
@@ -34,6 +34,7 @@ from training.auxiliary import (
     write_card,
 )
 from training.near_misses import KINDS, near_misses
+from usp_env.metrics.reliability import ece
 from usp_env.models import pairs
 from usp_env.models.facts import atomic_facts
 from usp_env.models.pairs import FEATURES, LEXICAL, names_of
@@ -217,7 +218,7 @@ def featured(found: list[Pair], read: Callable[..., Any] | None, idf: Array, cac
     lexical = pair_matrix(pairs.word_reader(), idf, claims, evidence)
     x = pair_matrix(read, idf, claims, evidence) if read else np.zeros_like(lexical)
     if file:
-        np.savez(file, x=x, lexical=lexical)
+        keep(file, lambda stream: np.savez(stream, x=x, lexical=lexical))
     return Questions(found, x, lexical)
 
 

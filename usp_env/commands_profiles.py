@@ -14,6 +14,7 @@ from usp_env.backends.base import Generation
 from usp_env.backends.spec import parse
 from usp_env.console import say
 from usp_env.errors import SpecError
+from usp_env.extraction.store import files_of
 from usp_env.profiles import Profile, ProfileBank
 from usp_env.records import Reply
 
@@ -27,6 +28,11 @@ def extract(arguments: argparse.Namespace) -> int:
     from usp_env.ledger import Account
 
     spec, account, shares = parse(arguments.model or arguments.generator), Account(), parse_shares(arguments.splits)
+    for name, file in (("the source", arguments.source), ("--ids", arguments.ids)):
+        if file and (taken := _written_over(Path(file), arguments.out)):
+            raise SpecError(
+                f"--out {arguments.out}: {name} {file} is {taken} of this run and would be written over: choose another"
+            )
     ids = _ids(arguments.ids) if arguments.ids else None
     conversations = load(arguments.source, format=arguments.format, split=arguments.split, ids=ids)
 
@@ -61,6 +67,14 @@ def extract(arguments: argparse.Namespace) -> int:
         say(f"  dropped {count}: {reason}")
     say(f"{tally}\nthis run: {account}\nwritten: {arguments.out} (usp-env profiles show --bank {arguments.out})")
     return 0
+
+
+def _written_over(file: Path, out: str) -> str:
+    """Which of the files that an extraction to `out` writes a file is; empty if none."""
+    for path in files_of(out):
+        if path == file or (file.is_file() and path.is_file() and file.samefile(path)):
+            return f"the file {path.name}"
+    return ""
 
 
 def _ids(file: str) -> frozenset[str]:

@@ -134,6 +134,20 @@ class Episode:
         self._end(reason)
         self._settle()
 
+    def ask_score(self) -> None:
+        """Ask for the score of a conversation that was conducted without one; its last step is paid again.
+
+        For drivers that score all conversations of a rollout in one call.
+
+        Raises:
+            CallOrderError: It has not ended, was scored, or ended in a way that is not scored.
+        """
+        if self.outcome != "completed" or self.pending is not None or self.reward_terms or not self.rewards:
+            state = f"ended as {self.outcome}" if self.done else "goes on"
+            raise CallOrderError(f"episode {self.id} {state}: expected a completed one without a score")
+        self.rewards.pop()
+        self._acting, self.pending = True, Scoring(self.profile, self.dialogue(), True)
+
     # ── what drivers read ────────────────────────────────────────────────────────────────────────
 
     @property

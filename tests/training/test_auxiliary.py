@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from training import auxiliary, human_likeness, verifiers
-from training.auxiliary import auc, bootstrap, ece, macro_f1, platt, usable, youden
-from training.human_likeness import Example, _matched, prefixes, weights_of
+from training.auxiliary import auc, bootstrap, macro_f1, platt, usable, youden
+from training.human_likeness import Example, weights_of
 from training.near_misses import near_misses
 from training.style_encoder import Turns, discriminant, partners, scatter, trials
 from usp_env.dialogue import Dialogue
@@ -29,12 +30,6 @@ def test_auc_of_one_class_is_not_a_number() -> None:
 def test_macro_f1() -> None:
     # class 1: 2 hits of 3 predicted and 2 true -> 2·2/(3+2) = .8; class 0: 1 hit of 1 predicted and 2 true -> 2/3
     assert macro_f1(np.array([1, 1, 1, 0]), np.array([1, 1, 0, 0])) == pytest.approx((0.8 + 2 / 3) / 2)
-
-
-def test_ece() -> None:
-    # bin [.9, 1]: two at .95, one of them true -> |1.9 − 1|; bin [.1, .2): .15, false -> .15; Σ/n = (.9 + .15)/3
-    assert ece(np.array([0.95, 0.95, 0.15]), np.array([1, 0, 0])) == pytest.approx(0.35)
-    assert ece(np.array([1.0, 0.0]), np.array([1, 0])) == 0
 
 
 def test_youden_lies_between_the_scores_it_separates() -> None:
@@ -72,23 +67,11 @@ def test_saved_weights_are_small_and_keep_their_metadata(tmp_path: Path, monkeyp
         assert json.loads(file.metadata()["usp_env"]) == {"name": "toy", "threshold": 0.25}
 
 
-def test_prefixes_end_with_sentences() -> None:
-    assert prefixes("One. Two:\nthree") == ["One.", "One. Two:", "One. Two:\nthree"]
-
-
 def test_weights_give_each_kind_its_share() -> None:
     found = [Example("a", "x", kind) for kind in ("user", "user", "matched", "reply")]
     weight = weights_of(found)
     assert weight[:2].sum() / weight.sum() == pytest.approx(0.5 / 0.97)  # nothing role-played here
     assert weight[2] / weight[3] == pytest.approx(0.3 / 0.17)
-
-
-def test_a_user_turn_is_never_matched_with_its_own_conversation() -> None:
-    # Its own reply is of the same length; the other's, of 10 characters to 8, is log 1.25 = .223 away: too far.
-    pool, rng = [("a", "12345678"), ("b", "1234567890")], np.random.default_rng(0)
-    assert [_matched(rng, pool, "87654321", "a") for _ in range(20)] == [None] * 20
-    assert _matched(rng, pool, "987654321", "a") == ("b", "1234567890")  # log(10/9) = .105
-    assert _matched(rng, pool[:1], "87654321", "a") is None
 
 
 def test_kept_role_play_is_of_the_same_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,3 +189,19 @@ def test_reserved_conversations_reach_no_training_program(monkeypatch: pytest.Mo
     monkeypatch.setattr(auxiliary.conversations, "load", conversations)
     monkeypatch.setattr(auxiliary, "held_out_turns", lambda bank: frozenset())
     assert {person.id for split in auxiliary.people().values() for person in split} == {"own_0"}
+
+
+def test_a_kill_while_a_cache_is_written_leaves_none(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def torn(stream: Any) -> None:
+        stream.write(b"half")
+        raise Killed
+
+    with pytest.raises(Killed):
+        auxiliary.keep(tmp_path / "deep" / "x.npy", torn)
+    assert not (tmp_path / "deep" / "x.npy").exists()
+    auxiliary.keep(tmp_path / "deep" / "x.npy", lambda stream: np.save(stream, np.arange(3)))
+    assert np.load(tmp_path / "deep" / "x.npy").tolist() == [0, 1, 2]
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["x.npy"]

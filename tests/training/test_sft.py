@@ -15,7 +15,7 @@ from training import perplexity, sft  # noqa: E402
 from training.run_directory import arguments, last_checkpoint  # noqa: E402
 from training.sft_rows import IGNORED, Limits, Row, clip, make_row, make_rows, system  # noqa: E402
 from usp_env.dialogue import Dialogue, Message  # noqa: E402
-from usp_env.errors import RunDirectoryError, SpecError  # noqa: E402
+from usp_env.errors import RunDirectoryError, SpecError, UspError  # noqa: E402
 from usp_env.models import assets  # noqa: E402
 from usp_env.profiles import Profile  # noqa: E402
 from usp_env.rendering import Renderer  # noqa: E402
@@ -217,6 +217,9 @@ def test_intervals_and_strangers() -> None:
     assert np.allclose(perplexity.interval(even), (2.0, 2.0))
     twice = perplexity.Losses(np.log([4.0] * 30), np.ones(30))
     assert np.allclose(perplexity.interval(twice, even), (2.0, 2.0))
+    for n in (0, 1):
+        with pytest.raises(SpecError, match="at least 2 people"):
+            perplexity.strangers(n)
     for n in (2, 3, 10):
         wrong = perplexity.strangers(n)
         assert sorted(wrong) == list(range(n))
@@ -448,6 +451,7 @@ def test_no_other_runs_checkpoint_is_gone_on_from(tmp_path) -> None:
     assert last_checkpoint(args()) is None
     for step in (4, 12, 8):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"log_history": []}')
     with pytest.raises(RunDirectoryError, match=r"no arguments\.json"):
         last_checkpoint(args("--resume"))
     (tmp_path / "arguments.json").write_text(json.dumps(arguments(args("--reply-tokens", "16", "32"))))
@@ -457,6 +461,69 @@ def test_no_other_runs_checkpoint_is_gone_on_from(tmp_path) -> None:
     assert last_checkpoint(args(*same)) == str(tmp_path / "checkpoint-12")
     with pytest.raises(RunDirectoryError, match=r"other arguments: lr 0\.0005, now 0\.1; no_profile False, now True$"):
         last_checkpoint(args(*same, "--no-profile", "--lr", "0.1"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(renderer, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("trl")
+    options = [*_program(renderer, monkeypatch, tmp_path), "--epochs", "6"]
+    sft.main(options)
+    whole = json.loads((tmp_path / "training.json").read_text())["validation"]
+    for kept in (100, None):  # cut off in its last file, and killed before that
+        state = tmp_path / "checkpoint-12" / "trainer_state.json"
+        state.write_text(state.read_text()[:kept]) if kept else state.unlink()
+        sft.main([*options, "--resume"])
+        assert [step for step, _ in json.loads((tmp_path / "training.json").read_text())["validation"]] == [s for s, _ in whole]
+        assert json.loads(state.read_text())["global_step"] == 12
+    for folder in tmp_path.glob("checkpoint-*"):
+        (folder / "trainer_state.json").write_text("{")
+    assert last_checkpoint(sft.parser().parse_args([*options, "--resume"])) is None
+    (tmp_path / "arguments.json").write_text("{")
+    with pytest.raises(RunDirectoryError, match="it is damaged"):
+        sft.main([*options, "--resume"])
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_run_whose_loss_is_no_number_says_so(renderer, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("trl")
+    with pytest.raises(UspError, match="every validation loss is NaN or infinite"):
+        sft.main([*_program(renderer, monkeypatch, tmp_path), "--lr", "1e38"])
+    assert not (tmp_path / "training.json").exists()
+
+
+def test_nothing_to_learn_from_is_told(renderer, tmp_path, monkeypatch) -> None:
+    options = _program(renderer, monkeypatch, tmp_path)
+    for wrong, split in (("--limit", "train"), ("--eval-limit", "val")):
+        with pytest.raises(SpecError, match=f"no conversation of '{split}'"):
+            sft.main([*options, wrong, "0"])
+
+
+def test_layers_are_a_range_of_the_models() -> None:
+    assert sft.layers_of("20-29", 30) == (20, 29)
+    for wrong in ("29-20", "0-30", "5", "a-b", "-1-5", "-"):
+        with pytest.raises(SpecError, match="--layers"):
+            sft.layers_of(wrong, 30)
+
+
+def test_adapters_have_names_of_their_own() -> None:
+    assert perplexity.adapters_of(["a=runs/a", "b=c=d"]) == {"a": Path("runs/a"), "b": Path("c=d")}
+    for wrong in (["a"], ["a="], ["=runs/a"], ["untuned=runs/a"], ["a=x", "a=y"], ["a / b=x"]):
+        with pytest.raises(SpecError, match="expected NAME=FOLDER, each name once"):
+            perplexity.adapters_of(wrong)
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch) -> None:
+    from training import agreement
+
+    def touched(*args: object) -> None:
+        pytest.fail("something was read before")
+
+    monkeypatch.setattr(agreement.embedders, "load", touched)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", touched)
+    for file in (tmp_path, tmp_path / "typo" / "x.json"):
+        for program, option in ((perplexity, "--out"), (agreement, "--out"), (agreement, "--save")):
+            with pytest.raises(SpecError, match="in a folder that is there"):
+                program.main([option, str(file)])
 
 
 def _lora(args: object) -> object:

@@ -130,9 +130,9 @@ class HFBackend:
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
             with _no_progress_bar(transformers):
                 model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options).eval()
-        except OSError as error:
-            hint = " (USP_ENV_OFFLINE forbids the network)" if assets.offline() else ""
-            raise MissingAssetError(f"model {spec.model!r} cannot be loaded{hint}: {error}") from error
+        except assets.unreadable() as error:
+            hint = " (USP_ENV_OFFLINE forbids the network)" if assets.offline() and spec.model not in assets.ASSETS else ""
+            raise MissingAssetError(f"model {spec.model!r} cannot be loaded{hint}: {error}{assets.mend(where)}") from error
         adapter = spec.options.get("adapter")
         backend = cls(
             model,

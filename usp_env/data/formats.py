@@ -68,7 +68,7 @@ def record_id(record: dict[str, Any], place: Place) -> str:
         if (value := record.get(key)) is not None:
             if not isinstance(value, str | int) or value == "":
                 raise place.bad(key, "a non-empty string", value)
-            return str(value)
+            return place.text(str(value), key)
     return ":".join(filter(None, (Path(place.file).name, place.split, str(place.number))))
 
 
@@ -99,12 +99,12 @@ def _turns(
 
 def _sharegpt(id: str, record: dict[str, Any], place: Place) -> Conversation:
     dialogue, system = _turns(record, place, "conversations", "from", "value")
-    return Conversation(id, dialogue, source=place.file, system=system)
+    return Conversation(id, dialogue, user_id=_user_id(record, place), source=place.file, system=system)
 
 
 def _openai(id: str, record: dict[str, Any], place: Place) -> Conversation:
     dialogue, system = _turns(record, place, "messages")
-    return Conversation(id, dialogue, source=place.file, system=system)
+    return Conversation(id, dialogue, user_id=_user_id(record, place), source=place.file, system=system)
 
 
 def _bank(id: str, record: dict[str, Any], place: Place) -> Conversation:
@@ -115,7 +115,7 @@ def _bank(id: str, record: dict[str, Any], place: Place) -> Conversation:
     attributes: dict[str, Any] | None = {
         key: record[key] for key in ("objective_facts", "subjective_characteristics") if key in record
     } or None
-    user_id = None if record.get("user_id") is None else place.text(record["user_id"], "user_id")
+    user_id = _user_id(record, place)
     profile = Profile(id, objective, subjective, attributes, record.get("split"), user_id, place.file)
     dialogue, system = _turns(record, place, "conversation")
     return Conversation(id, dialogue, profile, user_id, source=place.file, system=system)
@@ -129,7 +129,7 @@ def _lmsys_usp(id: str, record: dict[str, Any], place: Place) -> Conversation:
     objective = "\n".join(paragraphs[:-1]) or paragraphs[0]
     profile = Profile(id, objective, paragraphs[-1] if len(paragraphs) > 1 else "", source=place.file)
     dialogue, system = _turns(record, place, "conversation")
-    return Conversation(id, dialogue, profile, source=place.file, system=system)
+    return Conversation(id, dialogue, profile, _user_id(record, place), source=place.file, system=system)
 
 
 def _lmsys_chat(id: str, record: dict[str, Any], place: Place) -> Conversation:
@@ -138,7 +138,8 @@ def _lmsys_chat(id: str, record: dict[str, Any], place: Place) -> Conversation:
         raise place.bad("openai_moderation", "a list of objects with 'flagged', one a message", flags)
     toxic = None if flags is None else any(flag.get("flagged") for flag in flags)
     dialogue, system = _turns(record, place, "conversation")
-    return Conversation(id, dialogue, None, None, _text_or_none(record, "language", place), toxic, place.file, system)
+    user_id, language = _user_id(record, place), _text_or_none(record, "language", place)
+    return Conversation(id, dialogue, None, user_id, language, toxic, place.file, system)
 
 
 def _wildchat(id: str, record: dict[str, Any], place: Place) -> Conversation:
@@ -151,7 +152,9 @@ def _wildchat(id: str, record: dict[str, Any], place: Place) -> Conversation:
         raise place.bad("toxic", "true, false or none", toxic)
     user_id = _text_or_none(record, "hashed_ip", place)
     if user_id is None:
-        user_id = next((turn["hashed_ip"] for turn in turns if isinstance(turn.get("hashed_ip"), str)), None)
+        user_id = next((place.text(t["hashed_ip"], "hashed_ip") for t in turns if isinstance(t.get("hashed_ip"), str)), None)
+    if user_id is None:
+        user_id = _user_id(record, place)
     return Conversation(id, dialogue, None, user_id, _text_or_none(record, "language", place), toxic, place.file, system)
 
 
@@ -173,6 +176,14 @@ def _personachat(id: str, record: dict[str, Any], place: Place) -> Conversation:
         raise place.bad("personality", "a non-empty list of sentences", persona)
     prose = " ".join(second_person(place.text(line, f"personality[{i}]")) for i, line in enumerate(persona))
     return Conversation(id, Dialogue(tuple(messages)), Profile(id, prose, "", source=place.file), source=place.file)
+
+
+def _user_id(record: dict[str, Any], place: Place) -> str | None:
+    """Whose conversation it is, where the record says so: banks are split by it, so it must not be lost."""
+    value = record.get("user_id")
+    if type(value) is int:
+        return str(value)
+    return None if value is None or value == "" else place.text(value, "user_id")
 
 
 def _text_or_none(record: dict[str, Any], field: str, place: Place) -> str | None:

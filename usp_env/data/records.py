@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,11 +103,14 @@ def hub_records(name: str, split: str, **where: str) -> Iterator[tuple[Place, di
 
 
 def _parquet(path: Path, name: str) -> Iterator[tuple[Place, Any]]:
-    number = 0
-    for batch in require("pyarrow.parquet", "data").ParquetFile(path).iter_batches(batch_size=256):
-        for record in batch.to_pylist():
-            number += 1
-            yield Place(name, number, number), record
+    number, arrow = 0, require("pyarrow", "data")
+    try:
+        for batch in require("pyarrow.parquet", "data").ParquetFile(path).iter_batches(batch_size=256):
+            for record in batch.to_pylist():
+                number += 1
+                yield Place(name, number, number), record
+    except (arrow.ArrowException, OSError) as cause:
+        raise ConversationFormatError(f"{path}: expected a whole parquet file ({cause}): bring it again") from cause
 
 
 def _json(path: Path, name: str, cut_off: bool) -> Iterator[tuple[Place, Any]]:
@@ -118,7 +122,7 @@ def _json(path: Path, name: str, cut_off: bool) -> Iterator[tuple[Place, Any]]:
             yield from _lines(stream, name) if lines else _array(stream, name, cut_off)
     except UnicodeDecodeError as cause:
         raise ConversationFormatError(f"{path}: expected UTF-8 text ({cause}): save the file as UTF-8") from cause
-    except (EOFError, gzip.BadGzipFile) as cause:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as cause:
         raise ConversationFormatError(f"{path}: expected a whole gzip file ({cause}): bring it again") from cause
 
 

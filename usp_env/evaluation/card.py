@@ -169,6 +169,70 @@ class UserCard(TypedDict):
     differences: dict[str, dict[str, list[Difference]]]
 
 
+class ReliabilityBin(TypedDict):
+    """Texts of the people's real conversations whose P(human) lies between two edges; all but `n` in per cent.
+
+    Attributes:
+        low: Edge.
+        high: Edge, not in the bin but for 100.
+        n: Texts.
+        predicted: Mean P(human).
+        share: Of the texts that people wrote.
+        ci95: Of the share; conversations, not texts, count as independent.
+    """
+
+    low: float
+    high: float
+    n: int
+    predicted: float
+    share: float
+    ci95: list[float]
+
+
+class Reliability(TypedDict):
+    """Whether the human-likeness detector's probabilities come true on the evaluated people's real conversations.
+
+    Each user turn (a person's) stands beside the first sentences of a reply in another of the conversations (an assistant's),
+    nearly as long (within 20 %), as in the detector's training; a turn without such a partner is left out. Conversations that a
+    detector was trained or scaled on flatter it (docs/models/human_likeness.md).
+
+    Attributes:
+        scorer: Name of the detector.
+        n: Texts; half of them are people's.
+        people: Whose conversations the texts are from.
+        ece: Expected calibration error over ten equal bins of P(human), in per cent; few texts make it larger.
+        bins: From the lowest; empty ones are left out.
+    """
+
+    scorer: str
+    n: int
+    people: int
+    ece: float
+    bins: list[ReliabilityBin]
+
+
+class Map(TypedDict):
+    """Where the evaluated people live on the map of their bank's split, as the split's fitted sampler lays it out.
+
+    Attributes:
+        layout: `umap` or `pca`.
+        profiles: How many people the sampler was fitted on.
+        held: Of each shade, the outermost first, per cent of them who live where the density is at least that of the shade.
+        x: Left and right end of the shaded field, in the layout's units.
+        y: Lower and upper end.
+        shades: Rows of cells, the highest first, a digit a cell: 0 where nobody may be expected, k in the k-th of `held`.
+        people: Id of each evaluated person to [x, y].
+    """
+
+    layout: str
+    profiles: int
+    held: list[int]
+    x: list[float]
+    y: list[float]
+    shades: list[str]
+    people: dict[str, list[float]]
+
+
 class Card(TypedDict):
     """What `card.json` holds.
 
@@ -185,6 +249,9 @@ class Card(TypedDict):
         scorers: Part to name of the scorer and of its held-out twin, `{"human": ["human-v1", "human-v1-twin"]}`.
         versions: Of the packages.
         invalid: Outcome to how many, over all users and levels.
+        calibration: Of the human-likeness detector and of its held-out twin; left out on older cards, and where no user turn
+            finds a reply of its length in another conversation.
+        map: Left out on older cards, and where the bank's split has no fitted sampler.
     """
 
     users: dict[str, UserCard]
@@ -199,6 +266,8 @@ class Card(TypedDict):
     scorers: dict[str, list[str | None]]
     versions: dict[str, str]
     invalid: dict[str, int]
+    calibration: NotRequired[list[Reliability]]
+    map: NotRequired[Map]
 
 
 def not_measured(reason: str) -> Entry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from usp_env.evaluation import assemble
+from usp_env.evaluation import assemble, figures
 from usp_env.evaluation.card import Card, Difference, Level, UserCard
 from usp_env.evaluation.columns import Measurement
 from usp_env.evaluation.people import digest
@@ -46,7 +46,7 @@ def make_card(
     for row in rows.values():
         for counts in row["invalid"].values():
             invalid.update(counts)
-    return {
+    card: Card = {
         "users": rows,
         "bank": plan.bank,
         "split": plan.split,
@@ -60,3 +60,8 @@ def make_card(
         "versions": versions(),
         "invalid": dict(sorted(invalid.items())),
     }
+    if calibration := figures.calibration(plan.people, scorers.human):
+        card["calibration"] = calibration
+    if plan.sampler is not None:
+        card["map"] = figures.population_map(plan.people, plan.sampler)
+    return card

@@ -48,6 +48,7 @@ def markdown(card: Card, cost: Mapping[str, Any]) -> str:
         f"{people['n']} of {people['of']} people of `{card['bank']}` ({card['split']}); assistant `{card['assistant']}`, at most "
         f"{card['turns']} user turns; seeds {', '.join(map(str, card['seeds']))}; protocol `{card['protocol']}`.",
         scorers(card),
+        *calibration(card),
         "Cells: mean [95 % interval over people and seeds] n people *the same by the held-out scorer*. Shares and cosines are in "
         "0-100; ↑ higher is better, ↓ lower is; the others are to be read beside real people. `real`: similarities are between a "
         "person's odd and even turns; `real:neighbour`: somebody else with the nearest objective facts. – is not measured.",
@@ -79,6 +80,13 @@ def scorers(card: Card) -> str:
     """Who measured, as a sentence."""
     told = [f"{part} `{own}`" + (f" (held out: `{twin}`)" if twin else "") for part, (own, twin) in card["scorers"].items()]
     return f"Scorers: {', '.join(told)}."
+
+
+def calibration(card: Card) -> list[str]:
+    """Whether the human-likeness detector's probabilities come true, as a sentence; none on older cards."""
+    found = card.get("calibration", [])
+    errors = ", ".join(f"`{own['scorer']}` {own['ece']:.2f} %" for own in found)
+    return [f"Calibration error (ECE) on {found[0]['n']} real texts paired by length: {errors}."] if found else []
 
 
 def _level(card: Card, level: str) -> list[str]:

@@ -11,6 +11,7 @@ from usp_env.dialogue import Dialogue
 from usp_env.errors import SpecError
 from usp_env.evaluation.card import LEVELS, Level
 from usp_env.evaluation.people import Person
+from usp_env.sampling.density import DensitySampler
 from usp_env.users.base import Partner
 
 
@@ -51,6 +52,7 @@ class Plan:
         most: Most turns of a person at the utterance level; None: all.
         paper: The paper's ADV, and given first turns count as the user's own.
         lanes: Most generations at a time.
+        sampler: Fitted on the split, for the map of the card; None: no map.
     """
 
     bank: str
@@ -64,6 +66,7 @@ class Plan:
     most: int | None = None
     paper: bool = False
     lanes: int = 16
+    sampler: DensitySampler | None = None
 
     def __post_init__(self) -> None:
         if not self.people or not self.seeds or not self.levels or not set(self.levels) <= set(LEVELS):

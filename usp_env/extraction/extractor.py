@@ -238,19 +238,19 @@ def own_claims(facts: Mapping[str, tuple[Claim, ...]], dialogue: Dialogue) -> tu
         >>> own_claims({"occupation": (Claim("Likely a nurse", "'I work nights at a clinic'"),)}, Dialogue.of(talk))
         ({'occupation': ()}, 1)
     """
-    said = {role: f" {' '.join(_words(' '.join(dialogue.utterances(role))))} " for role in ("user", "assistant")}
+    mine, theirs = (_runs(" ".join(dialogue.utterances(role))) for role in ("user", "assistant"))
 
     def foreign(claim: Claim) -> bool:
-        words = _words(claim.evidence)
-        runs = [f" {' '.join(words[i : i + _RUN])} " for i in range(len(words) - _RUN + 1)]
-        return any(run in said["assistant"] for run in runs) and not any(run in said["user"] for run in runs)
+        quoted = _runs(claim.evidence)
+        return not quoted.isdisjoint(theirs) and quoted.isdisjoint(mine)
 
     own = {key: tuple(claim for claim in claims if not foreign(claim)) for key, claims in facts.items()}
     return own, sum(map(len, facts.values())) - sum(map(len, own.values()))
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+def _runs(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)}
 
 
 def _take(ask: _Ask, generation: Generation, answers: _Answers) -> str:

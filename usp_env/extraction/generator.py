@@ -82,7 +82,8 @@ def parse_profile(text: str) -> ProfileTexts | None:
         (None, None)
     """
     paragraphs = [line.strip() for line in strip_think(text).split("\n") if line.strip()]
-    return ProfileTexts(*paragraphs) if len(paragraphs) == 2 else None
+    whole = not any("\ud800" <= char <= "\udfff" for part in paragraphs for char in part)  # no file and no tokenizer takes these
+    return ProfileTexts(*paragraphs) if len(paragraphs) == 2 and whole else None
 
 
 def fit_turns(utterances: Sequence[str], budget: int, count: Callable[[str], int]) -> list[str]:
@@ -116,8 +117,18 @@ def fit_turns(utterances: Sequence[str], budget: int, count: Callable[[str], int
         if cost(capped) <= budget or (cap == MIN_CHARS and len(kept) <= 1):
             return capped
         if cap == MIN_CHARS:
-            kept = kept[1:]
+            lost = _too_many(capped, lambda turns: cost(turns) <= budget)
+            kept, room = kept[lost:], room * 0.95 ** (lost - 1)
         room *= 0.95
+
+
+def _too_many(turns: Sequence[str], fits: Callable[[Sequence[str]], bool]) -> int:
+    """How many of the oldest turns must go until the others fit; all but one at most, at least one. Few tries: each is read."""
+    low, high = 1, max(1, len(turns) - 1)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(turns[middle:]) else (middle + 1, high)
+    return low
 
 
 def _level(lengths: Sequence[int], room: float) -> int:

@@ -6,7 +6,7 @@
 | `<out>.dropped.jsonl` | `{"id", "reason"}` of conversations that gave none; they are not tried again unasked |
 | `<out>.run.json`      | the configuration; a resumed run must have the same                                |
 
-Memory holds one batch of conversations and the ids that are done (about 100 bytes each).
+Memory holds one batch of conversations, and the ids that are done and that were met (about 100 bytes each).
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Tally:
 
     Args:
         seen: Conversations read.
-        done: Were finished before, or repeat an id.
+        done: Were finished before.
+        repeated: Have the id of an earlier one; left out, whatever they say.
         reserved: Kept for an independent check; left out.
         kept: Profiles written.
         failed: Calls failed; not recorded, so that a resumed run does them.
@@ -62,6 +63,7 @@ class Tally:
 
     seen: int = 0
     done: int = 0
+    repeated: int = 0
     reserved: int = 0
     kept: int = 0
     failed: int = 0
@@ -72,6 +74,7 @@ class Tally:
     def __str__(self) -> str:
         parts = [f"{self.seen} conversations: {self.kept} kept", f"{self.dropped.total()} dropped", f"{self.failed} failed"]
         parts += [f"{self.done} done before"] * bool(self.done) + [f"{self.reserved} reserved"] * bool(self.reserved)
+        parts += [f"{self.repeated} left out since an earlier one has their id"] * bool(self.repeated)
         return ", ".join(parts) + f"; {self.retried} calls retried"
 
 
@@ -174,14 +177,18 @@ def extract_bank(
 
 
 def _todo(conversations: Iterable[Conversation], done: set[str], tally: Tally) -> Iterator[Conversation]:
+    met: set[str] = set()
     for conversation in conversations:
         tally.seen += 1
         if conversation.id in reserved_ids():
             tally.reserved += 1
+        elif conversation.id in met:
+            tally.repeated += 1
         elif conversation.id in done:
+            met.add(conversation.id)
             tally.done += 1
         else:
-            done.add(conversation.id)
+            met.add(conversation.id)
             yield conversation
 
 

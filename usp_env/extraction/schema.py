@@ -31,9 +31,9 @@ PROFILE = ("objective", "subjective")
 SCORES = ("High", "Low", "Inconclusive")
 MIN_WORDS, MAX_WORDS = 10, 250  # of a paragraph; the packaged bank's have 35 to 120
 
-_EVIDENCE = re.compile(r"[,;]?\s*\b(?:(?:as )?evidenced|as shown|as suggested|as indicated) by\b:?\s*", re.IGNORECASE)
+_EVIDENCE = re.compile(r"(?:[,;]\s*)?\b(?:(?:as )?evidenced|as shown|as suggested|as indicated) by\b:?\s*", re.IGNORECASE)
 _NOTHING = re.compile(
-    r"\W*(?:likely|probably|possibly)?\W*"
+    r"\W*(?:(?:likely|probably|possibly)\W*)?"
     r"|\s*(?:[a-z_ ]{2,25}:\s*)?(?:none|null|nil|n/?a|unknown|unspecified|unclear|inconclusive|undetermined"
     r"|not (?:explicitly |clearly |directly )?(?:mentioned|specified|provided|stated|applicable|available|clear|known|given)"
     r"|no (?:clear |explicit |direct )?(?:information|evidence|mention|indication|basis)(?: of .{1,40}| (?:on|about) .{1,40})?"
@@ -43,7 +43,7 @@ _NOTHING = re.compile(
 )
 _YOU = re.compile(r"\byou(?:r|rs|rself)?\b", re.IGNORECASE)
 _THEY = re.compile(r"(?:^|[.!?]\s+)(?:The user|This user|The person|This person|I(?:'m| am))\b")
-_MARKUP = re.compile(r"^\s*(?:[-*•#>]|\d+[.)]\s|\*\*|```)|\*\*|```", re.MULTILINE)
+_MARKUP = re.compile(r"^[^\S\n]*(?:[-*•#>]|\d+[.)]\s|\*\*|```)|\*\*|```", re.MULTILINE)
 
 
 class MalformedOutputError(ValueError):

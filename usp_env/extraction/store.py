@@ -18,6 +18,16 @@ from usp_env.errors import ProfileFormatError, RunDirectoryError
 from usp_env.files import locked
 
 
+def files_of(out: str | Path) -> tuple[Path, Path, Path]:
+    """The files of a run: the bank, what was dropped, the configuration.
+
+    Example:
+        >>> [path.name for path in files_of("people.jsonl")]
+        ['people.jsonl', 'people.jsonl.dropped.jsonl', 'people.jsonl.run.json']
+    """
+    return Path(out), Path(f"{out}.dropped.jsonl"), Path(f"{out}.run.json")
+
+
 @dataclass
 class BankFiles:
     """The open files of a run, and which ids they hold."""
@@ -52,7 +62,7 @@ def opened(out: Path, settings: Mapping[str, Any], resume: bool, overwrite: bool
         RunDirectoryError: The files exist and may not be used as asked.
         ProfileFormatError: A line in the middle is damaged.
     """
-    dropped, run = (Path(f"{out}.{end}") for end in ("dropped.jsonl", "run.json"))
+    _, dropped, run = files_of(out)
     if any(file.exists() for file in (out, dropped, run)) and not (resume or overwrite):
         raise RunDirectoryError(
             f"{str(out)!r} (or a file of its run) exists: choose another, go on with it (--resume), or begin anew (--overwrite)"
@@ -71,12 +81,14 @@ def opened(out: Path, settings: Mapping[str, Any], resume: bool, overwrite: bool
             raise RunDirectoryError(
                 f"{str(out)!r} is no extraction that could be resumed ({run.name} is missing): choose another"
             )
+        done = set(_ids(bank, out))  # first: what is damaged must not cost the losses
         if retry_dropped:
             losses.truncate(0)
+        done.update(_ids(losses, dropped))
         fresh = run.with_name(f"{run.name}.new")
         fresh.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", "utf-8")
         fresh.replace(run)
-        yield BankFiles(bank, losses, {id for stream, path in ((bank, out), (losses, dropped)) for id in _ids(stream, path)})
+        yield BankFiles(bank, losses, done)
 
 
 def _check_settings(run: Path, settings: Mapping[str, Any]) -> None:
@@ -85,7 +97,7 @@ def _check_settings(run: Path, settings: Mapping[str, Any]) -> None:
         changed = [
             f"{k}: {old.get(k)!r} → {settings.get(k)!r}" for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)
         ]
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise RunDirectoryError(f"{run}: expected the configuration of an extraction, it is damaged ({error})") from error
     if changed:
         raise RunDirectoryError(f"{run}: the run had another configuration ({'; '.join(changed)}): use another --out")
@@ -101,7 +113,7 @@ def _ids(stream: IO[bytes], path: Path) -> Iterator[str]:
         whole += len(line)
         try:
             yield str(json.loads(line)["id"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ProfileFormatError(f"{path}, line {number}: expected a JSON object with an 'id' ({error!r})") from error
     stream.truncate(whole)
     stream.seek(0, os.SEEK_END)

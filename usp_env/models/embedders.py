@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from usp_env.errors import MissingAssetError, SpecError, UnknownNameError, require
 from usp_env.models import assets
+from usp_env.models.features import check_unicode
 
 SIMCSE = "princeton-nlp/sup-simcse-roberta-large"
 STYLE = "AnnaWegmann/Style-Embedding"
@@ -88,6 +89,7 @@ class TransformerEmbedder:
         """Embed `n` texts: (n, d) float32, rows of norm 1."""
         if isinstance(texts, str):
             raise SpecError(f"expected a list of texts, got one str {texts!r:.80}: pass [text]")
+        check_unicode(texts)
         encoded = self._encode(list(texts))
         out = np.empty((len(encoded), self.dim), np.float32)
         # Neighbours in length share a batch, so that little of it is padding.
@@ -150,10 +152,11 @@ def _load(name: str) -> Embedder:
         with torch.random.fork_rng(devices=[]):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **where)
             model = transformers.AutoModel.from_pretrained(source.location, dtype=torch.float32, **where)
-    except (OSError, ValueError) as error:
+    except assets.unreadable() as error:
+        known = f"; `hf download {source.location}` brings a hub model, embedder='minilm' uses the packaged one"
         raise MissingAssetError(
-            f"embedder {name!r}: expected its weights at {source.location!r}, but they cannot be read ({error}); "
-            f"`hf download {source.location}` brings a hub model, embedder='minilm' uses the packaged one"
+            f"embedder {name!r}: expected its weights at {source.location!r}, but they cannot be read ({error})"
+            f"{assets.mend(source.location) or known}"
         ) from error
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     most = min(source.max_tokens, layout.max_tokens or source.max_tokens)

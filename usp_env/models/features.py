@@ -26,6 +26,7 @@ _SHIFT = np.uint64(40)  # the top 24 bits are the best mixed
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?|[^\w\s]", re.UNICODE)
 _ESCAPE = re.compile(r"\\([_*\[\]()#+\-.!`~>|{}])")
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LETTERS = re.compile(r"[^\W\d_]+")
 
 FUNCTION_WORDS = tuple(
@@ -74,6 +75,17 @@ def normalise(text: str) -> str:
         'use my_var now'
     """
     return _ESCAPE.sub(r"\1", _INVISIBLE.sub("", text).replace("\xa0", " ").replace("\r\n", "\n")).strip()
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        SpecError: A text holds a lone surrogate.
+    """
+    for text in texts:
+        if not text.isascii() and (lone := _SURROGATE.search(text)):
+            raise SpecError(f"expected valid Unicode, got a text with a lone surrogate at character {lone.start()}")
 
 
 def words(text: str) -> list[str]:

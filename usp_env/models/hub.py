@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from usp_env.errors import MissingAssetError, SpecError, UnknownNameError, require
 from usp_env.models import assets, scorers
+from usp_env.models.features import check_unicode
 
 BATCH_ROWS, BATCH_TOKENS = 64, 16_384  # a batch holds at most this many rows, and tokens with their padding
 CONTEXT = 512  # of a checkpoint that does not say
@@ -107,6 +108,7 @@ class Classifier:
         """Probabilities of `n` texts or pairs, (n, labels), in float32 arithmetic; rows sum to 1."""
         if not texts:
             return np.zeros((0, self.config.num_labels))
+        check_unicode([*texts, *(seconds or ())])
         with self._lock:
             encoded = self._tokenizer(
                 list(texts),
@@ -264,7 +266,7 @@ def _load(name: str, truncation_side: str) -> Classifier:
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 name, local_files_only=local, dtype=torch.float32, output_loading_info=True
             )
-    except (OSError, ValueError) as error:
+    except assets.unreadable() as error:
         raise MissingAssetError(
             f"classifier {name!r}: expected its weights and tokenizer there, but they cannot be read ({error}); "
             f"`hf download {name}` brings a hub model"

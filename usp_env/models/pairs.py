@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from usp_env.errors import SpecError
 from usp_env.models import embedders
-from usp_env.models.features import normalise
+from usp_env.models.features import check_unicode, normalise
 
 Array = npt.NDArray[Any]
 MAX_TOKENS = 96  # a unit is cut after this many word pieces (two of them special), and before that after MAX_CHARS
@@ -95,6 +95,7 @@ class StateReader:
         """One state per text, in order."""
         if isinstance(texts, str):
             raise SpecError(f"expected a list of texts, got one str {texts!r:.80}: pass [text]")
+        check_unicode(texts)
         with self._lock:
             found = {text: self._cache[text] for text in set(texts) if text in self._cache}
             new = sorted(set(texts) - found.keys(), key=lambda text: (len(text), text))
@@ -141,6 +142,7 @@ class WordReader:
         """One state per text, in order."""
         if not texts:
             return []
+        check_unicode(texts)
         clean = [normalise(text)[:MAX_CHARS] for text in texts]
         with self._lock:
             rows = self._tokenizer(clean, truncation=True, max_length=MAX_TOKENS)["input_ids"]

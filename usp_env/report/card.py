@@ -1,4 +1,4 @@
-"""A quality card as one HTML file, without script: tables by level, curves, differences, what is missing and why.
+"""A quality card as one HTML file, without script: tables by level, plots, differences, what is missing and why.
 
 usp-env report runs/x          where runs/x holds card.json: writes runs/x/report.html
 usp-env report x.json          a card alone: writes x.html
@@ -18,7 +18,7 @@ from usp_env.evaluation.leaderboard import MOST_INVALID
 from usp_env.evaluation.markdown import COMPARED, HEADLINE, JOBS, marked
 from usp_env.evaluation.run import SCORES, USERS
 from usp_env.files import read_text
-from usp_env.report.card_plots import adv_chart, drift_charts, turn_chart
+from usp_env.report.card_plots import adv_chart, calibration_chart, drift_charts, map_chart, turn_chart
 from usp_env.report.facts import fixed, interval
 from usp_env.report.html import fill, place, read_run, run_facts
 from usp_env.report.plots import style
@@ -166,8 +166,9 @@ def render_card(
     run, cost = run or {}, cost or {}
     users = [user for user in card["users"] if user not in (REAL, NEIGHBOUR)]
     styles = {user: style(index) for index, user in enumerate(users)} | {REAL: "real", NEIGHBOUR: "near"}
-    charts = [plot for plot in (adv_chart(card, styles), *drift_charts(card, styles), turn_chart(scores, styles)) if plot]
-    told = {key: value for key, value in card.items() if key not in ("users", "versions", "invalid")}
+    curves = adv_chart(card, styles), *drift_charts(card, styles), turn_chart(scores, styles)
+    charts = [plot for plot in (*curves, map_chart(card), calibration_chart(card, styles)) if plot]
+    told = {key: value for key, value in card.items() if key not in ("users", "versions", "invalid", "calibration", "map")}
     return fill(
         "card.html.j2",
         name=run.get("name") or "card",

@@ -16,6 +16,8 @@ COLOURS = 8
 """Styles of lines; a ninth begins again, with dashes."""
 
 Limits = tuple[float, float]
+Box = tuple[float, float, float, float]
+"""Left, lower, right and upper end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Point:
     Args:
         x: On the horizontal axis.
         y: None where there is none: the line is broken there.
-        told: What is said of it when it is pointed at.
+        told: What is said of it when it is pointed at; without it there is no dot.
         low: Lower end of its interval; None, as `high`, without one.
         high: See `low`.
         weak: Whether few stand behind it; such a point is hollow.
@@ -46,28 +48,33 @@ class Series:
     Args:
         name: Of whose it is.
         style: `style(k)`, or `real` for real people.
-        points: From left to right.
+        points: From left to right; without a line, in any order.
+        line: Whether they are joined.
+        bars: Whether intervals are a bar at each point, not a band along the line.
     """
 
     name: str
     style: str
     points: Sequence[Point]
+    line: bool = True
+    bars: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A line as it is drawn: SVG paths, and `(x, y, hollow, told)` of its points."""
+    """A line as it is drawn: SVG paths of it and of its intervals, and `(x, y, hollow, told)` of its points."""
 
     name: str
     style: str
     path: str
     band: str
     dots: Sequence[tuple[float, float, bool, str]]
+    bars: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Lines with their axes; ticks are `(position, label)`."""
+    """Lines with their axes; ticks are `(position, label)`, shades SVG paths below the lines, the key name and style."""
 
     title: str
     x_label: str
@@ -76,6 +83,8 @@ class Chart:
     y_ticks: Sequence[tuple[float, str]]
     curves: Sequence[Curve]
     note: str = ""
+    shades: Sequence[str] = ()
+    key: Sequence[tuple[str, str]] = ()
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -135,6 +144,8 @@ def chart(
     y_limits: Limits | None = None,
     whole: bool = True,
     note: str = "",
+    shades: Sequence[Sequence[Box]] = (),
+    key: Sequence[tuple[str, str]] = (),
 ) -> Chart | None:
     """A line chart; None where there is nothing to draw.
 
@@ -146,6 +157,8 @@ def chart(
         y_limits: Default: of the points and their intervals, and 0.
         whole: Whether the horizontal axis counts something.
         note: Below it.
+        shades: Boxes below the lines, shade upon shade.
+        key: Name and style of lines that the page's own key does not explain.
     """
     shown = [point for one in series for point in one.points if _finite(point.y)]
     if not shown:
@@ -165,11 +178,21 @@ def chart(
         points = [(point, *place(point.x, point.y)) for point in one.points if point.y is not None and _finite(point.y)]
         known = [point for point in one.points if _finite(point.low) and _finite(point.high)]
         upper = [place(point.x, point.high or 0.0) for point in known]
-        lower = [place(point.x, point.low or 0.0) for point in reversed(known)]
-        band = "M" + "L".join(f"{x:g} {y:g}" for x, y in upper + lower) + "z" if len(known) > 1 else ""
+        lower = [place(point.x, point.low or 0.0) for point in known]
+        band = "M" + "L".join(f"{x:g} {y:g}" for x, y in upper + lower[::-1]) + "z" if len(known) > 1 else ""
+        bars = "".join(f"M{x:g} {high:g}V{low:g}" for (x, high), (_, low) in zip(upper, lower, strict=True))
         return Curve(
-            one.name, one.style, _path(one.points, place), band, [(x, y, point.weak, point.told) for point, x, y in points]
+            one.name,
+            one.style,
+            _path(one.points, place) if one.line else "",
+            "" if one.bars else band,
+            [(x, y, point.weak, point.told) for point, x, y in points if point.told],
+            bars if one.bars else "",
         )
+
+    def shade(boxes: Sequence[Box]) -> str:
+        ends = ((*place(x0, y0), *place(x1, y1)) for x0, y0, x1, y1 in boxes)
+        return "".join(f"M{x0:g} {y0:g}H{x1:g}V{y1:g}H{x0:g}z" for x0, y0, x1, y1 in ends)
 
     return Chart(
         title,
@@ -178,6 +201,8 @@ def chart(
         [(place(left, y)[1], f"{y:g}") for y in ticks(low, high)],
         [curve(one) for one in series if any(_finite(point.y) for point in one.points)],
         note,
+        [shade(boxes) for boxes in shades],
+        key,
     )
 
 

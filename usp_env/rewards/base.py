@@ -215,6 +215,8 @@ def parse_expression(text: str) -> list[tuple[float, str]]:
         [(1.0, 'goal'), (-0.5, 'pkg.mod:fn')]
     """
     text = " ".join(text.split())
+    if not _encodable(text):
+        raise SpecError(f"reward {text!r}: expected valid Unicode, got a lone surrogate")
     # `pkg.mod:fn` is no Python expression; an operator that nothing else uses stands for its colon.
     if (at := text.find("@")) >= 0:
         raise SpecError(f"reward {text!r}: '@' at character {at + 1} has no meaning here; expected a sum of NAME or NUMBER*NAME")
@@ -233,6 +235,10 @@ def parse_expression(text: str) -> list[tuple[float, str]]:
         if not math.isfinite(weight):
             raise SpecError(f"reward {text!r}: expected a finite weight of {name!r}, got {weight}")
     return [(weight, name) for name, weight in weights.items()]
+
+
+def _encodable(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _terms_of(node: ast.expr, sign: float, text: str) -> list[tuple[float, str]]:

@@ -137,7 +137,8 @@ def cycle_consistency(pairs: Sequence[tuple[Profile, ProfileTexts]], embed: Embe
 
 
 def _scorable(profile: Profile, dialogue: Dialogue) -> bool:
-    return bool(dialogue.turns and profile.objective.strip() and profile.subjective.strip())
+    said = any(text.strip() for text in dialogue.utterances("user"))
+    return bool(said and profile.objective.strip() and profile.subjective.strip())
 
 
 def _unit(vectors: npt.NDArray[np.float64], n: int) -> npt.NDArray[np.float64]:

@@ -24,6 +24,7 @@ __all__ = [
     "Sampler",
     "build_pool",
     "coverage",
+    "load_fitted",
     "load_sampler",
     "local_density_loss",
     "novelty_pool",
@@ -47,19 +48,39 @@ def load_sampler(bank_name: str | Path = "sharegpt", split: str | None = "train"
         UnknownNameError: The bank has splits, but not this one.
         SpecError: The bank has fewer than 10 profiles.
     """
+    if (known := load_fitted(bank_name, split)) is not None:
+        return known
+    bank, file = _kept(bank_name, split)
+    sampler = DensitySampler().fit(bank)
+    sampler.save(file)
+    return sampler
+
+
+def load_fitted(bank_name: str | Path = "sharegpt", split: str | None = "train") -> DensitySampler | None:
+    """The same where it is fitted already, shipped or in the cache; else None. Nothing is fitted.
+
+    Raises:
+        MissingAssetError: No such bank.
+        UnknownNameError: The bank has splits, but not this one.
+
+    Example:
+        >>> load_fitted("sharegpt", "val").bank
+        ProfileBank('sharegpt', 102 profiles)
+    """
     if str(bank_name) == "sharegpt" and split is not None:
         return _shipped(split)
+    bank, file = _kept(bank_name, split)
+    return DensitySampler.load(file, bank) if file.is_file() else None
+
+
+def _kept(bank_name: str | Path, split: str | None) -> tuple[ProfileBank, Path]:
+    """A bank, and where its fitted sampler is kept."""
     bank = ProfileBank.load(bank_name)
     if split is not None and any(profile.split for profile in bank):
         bank = bank.subset(split)
     from usp_env.models import assets
 
-    file = assets.home() / "samplers" / f"{bank_digest(bank)}.npz"
-    if file.is_file():
-        return DensitySampler.load(file, bank)
-    sampler = DensitySampler().fit(bank)
-    sampler.save(file)
-    return sampler
+    return bank, assets.home() / "samplers" / f"{bank_digest(bank)}.npz"
 
 
 @cache

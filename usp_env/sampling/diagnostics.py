@@ -182,13 +182,28 @@ def plot(
     return figure
 
 
-def _draw_density(figure: Figure, axes: Any, sampler: DensitySampler) -> None:
+def density_grid(sampler: DensitySampler, n: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """The density over the whole map, to where it has faded.
+
+    Args:
+        sampler: Fitted, with 2 components.
+        n: Points in each direction.
+
+    Returns:
+        x (n,) and y (n,), ascending, and the log density (n, n), a row for each y.
+    """
     points = sampler.coordinates_.astype(np.float64)
     margin = 3 * np.sqrt(np.diag(sampler.covariance_))
     low, high = points.min(axis=0) - margin, points.max(axis=0) + margin
-    x, y = np.linspace(low[0], high[0], 160), np.linspace(low[1], high[1], 160)
+    x, y = np.linspace(low[0], high[0], n), np.linspace(low[1], high[1], n)
     grid = np.stack(np.meshgrid(x, y), axis=-1)
-    density = np.exp(sampler.log_density(grid.reshape(-1, 2))).reshape(grid.shape[:2])
+    return x, y, sampler.log_density(grid.reshape(-1, 2)).reshape(n, n)
+
+
+def _draw_density(figure: Figure, axes: Any, sampler: DensitySampler) -> None:
+    points = sampler.coordinates_
+    x, y, log_density = density_grid(sampler, 160)
+    density = np.exp(log_density)
     # Grey below the coloured marks, and never so dark that the bank's dots drown in it.
     filled = axes.contourf(x, y, density, levels=14, cmap="Greys", vmin=0, vmax=1.8 * density.max())
     axes.contour(x, y, density, levels=filled.levels[1:], colors="white", linewidths=0.6)

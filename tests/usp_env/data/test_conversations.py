@@ -344,3 +344,48 @@ def test_the_package_holds_17671_and_none_that_comes_out_is_a_reserved_one_s_tex
     held = {digest(c.dialogue) for c in everything if c.id in reserved_ids()}
     assert len(held) == len(reserved_ids()) == 180
     assert not any(digest(c.dialogue) in held or c.id in reserved_ids() for c in load("sharegpt"))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TURNS},
+        SHAREGPT,
+        {"conversation_id": "c", "conversation": TURNS},
+        {"conversation_hash": "c", "conversation": TURNS},
+        {"profile": "You cook.\n\nYou are brief.", "conversation": TURNS},
+        {"profile": {"objective": "You cook.", "subjective": "You are brief."}, "conversation": TURNS},
+    ],
+)
+def test_every_layout_keeps_whose_conversation_it_is(tmp_path, record):
+    path = jsonl(tmp_path / "x.jsonl", *({**record, "user_id": value} for value in ("ann", 7, None, "")))
+    assert [c.user_id for c in load(path)] == ["ann", "7", None, None]
+    with pytest.raises(ConversationFormatError, match="field 'user_id': expected a string"):
+        list(load(jsonl(path, {**record, "user_id": ["ann"]})))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"id": "\ud800", "messages": TURNS},
+        {"conversation_hash": "c", "conversation": [{**TURNS[0], "hashed_ip": "\ud800"}]},
+        {"id": "a", "user_id": "\ud800", "messages": TURNS},
+    ],
+)
+def test_names_that_no_file_can_hold(tmp_path, record):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(record), "utf-8")
+    with pytest.raises(ConversationFormatError, match="expected valid Unicode"):
+        list(load(path))
+
+
+def test_damaged_archives(tmp_path):
+    pytest.importorskip("pyarrow")
+    for content in (b"", b"PAR1 no table PAR1"):
+        (tmp_path / "x.parquet").write_bytes(content)
+        with pytest.raises(ConversationFormatError, match="expected a whole parquet file"):
+            list(load(tmp_path / "x.parquet"))
+    whole = gzip.compress(b"".join(json.dumps({"id": f"{i}", "messages": TURNS}).encode() + b"\n" for i in range(200)))
+    (tmp_path / "x.jsonl.gz").write_bytes(whole[:10] + b"\xff" * 20 + whole[30:])  # no block of deflate begins so
+    with pytest.raises(ConversationFormatError, match="expected a whole gzip file"):
+        list(load(tmp_path / "x.jsonl.gz"))

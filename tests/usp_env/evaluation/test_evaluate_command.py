@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from evaluation_doubles import make_people, make_scorers
 
-from usp_env import commands_evaluate
+from usp_env import backends, commands_evaluate
+from usp_env.backends.spec import parse
 from usp_env.errors import RunDirectoryError, SpecError, UnknownNameError
 from usp_env.evaluation import scorers
 from usp_env.evaluation.card import NEIGHBOUR, REAL, read_card
@@ -106,3 +107,21 @@ def test_who_is_given_the_profile() -> None:
         spec: commands_evaluate.takes_profile(spec) for spec in ("usp:x", "plato:x?top_p=1", "dialogue:x", "userlm:x", "agenda")
     }
     assert given == {"usp:x": True, "plato:x?top_p=1": False, "dialogue:x": False, "userlm:x": True, "agenda": True}
+
+
+def test_the_map_is_of_the_split_that_is_evaluated(bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("usp_env.sampling.load_fitted", lambda *place: asked.append(place))
+    options = ("--user", "scripted", "--bank", str(bank), "--levels", "utterance", "-n", "1", "--quiet", "--no-neighbours")
+    for split in ("train", "all"):
+        assert run(*options, "--split", split, "--out", str(tmp_path / split)) == 0
+    assert asked == [(str(bank), "train"), (str(bank), None)]
+
+
+def test_a_dtype_reaches_the_models_of_this_process_that_tell_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(backends, "load", lambda spec: asked.append(str(spec)))
+    for spec in ("tiny", "tiny?dtype=float32", "openai:m@http://localhost/v1"):
+        commands_evaluate._engine(parse(spec), "bfloat16")
+    commands_evaluate._engine(parse("tiny"), None)
+    assert asked == ["tiny?dtype=bfloat16", "tiny?dtype=float32", "openai:m@http://localhost/v1", "tiny"]

@@ -141,6 +141,7 @@ def test_the_card_keeps_to_its_form(finished) -> None:
     assert read_card(folder) == card
     assert set(card) == {
         "users", "bank", "split", "people", "assistant", "seeds", "turns", "protocol", "judge", "scorers", "versions", "invalid",
+        "calibration",
     }  # fmt: skip
     for facts in card["users"].values():
         for level in ("utterance", "conversation"):

@@ -200,7 +200,7 @@ def test_reserved_conversations_and_repeated_ids_are_never_extracted(tmp_path: P
     secret = Conversation(sorted(reserved_ids())[0], Dialogue.of(talk(3)))
     with serve(extractor()) as (server, url):
         tally = extract_bank([secret, conversation(1), conversation(1)], tmp_path / "b.jsonl", reader(url))
-    assert (tally.seen, tally.reserved, tally.done, tally.kept) == (3, 1, 1, 1)
+    assert (tally.seen, tally.reserved, tally.repeated, tally.kept) == (3, 1, 1, 1)
     assert not any("chess-3" in json.dumps(seen.body) for seen in server.seen)
     assert ids(tmp_path / "b.jsonl") == ["c1"]
 
@@ -427,3 +427,50 @@ def test_only_the_conversations_of_an_ids_file(source: Path, capsys: pytest.Capt
             chosen.write_text(wrong)
             assert main(command) == 2
             assert "JSON list of ids" in capsys.readouterr().err
+
+
+def test_what_is_read_is_never_written_over(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, alias = source.read_bytes(), source.with_name("alias.jsonl")
+    alias.symlink_to(source)
+    losses = source.with_name("bank.jsonl.dropped.jsonl")
+    losses.write_bytes(whole)
+    model = ["--model", "openai:m@http://127.0.0.1:9/v1", "--overwrite"]
+    for read, out in ((source, source), (source, alias), (losses, source.with_name("bank.jsonl"))):
+        assert main(["profiles", "extract", str(read), "--out", str(out), *model]) == 2
+        assert "would be written over" in capsys.readouterr().err
+    chosen = source.with_name("ids.json")
+    chosen.write_text("[]")
+    assert main(["profiles", "extract", str(source), "--ids", str(chosen), "--out", str(chosen), *model]) == 2
+    assert source.read_bytes() == losses.read_bytes() == whole
+
+
+def test_conversations_that_share_an_id_are_counted_apart_from_those_done_before(tmp_path: Path) -> None:
+    out = tmp_path / "b.jsonl"
+    talks = [Conversation("me", Dialogue.of(talk(i))) for i in range(3)]
+    with serve(extractor()) as (_, url):
+        first = extract_bank(talks, out, reader(url))
+        again = extract_bank(talks, out, reader(url), resume=True)
+    assert (first.kept, first.repeated, first.done) == (1, 2, 0)
+    assert "2 left out since an earlier one has their id" in str(first)
+    assert (again.kept, again.repeated, again.done) == (0, 2, 1)
+
+
+def test_losses_outlive_a_damaged_bank(tmp_path: Path) -> None:
+    out = tmp_path / "b.jsonl"
+    losses = Path(f"{out}.dropped.jsonl")
+    with serve(extractor()) as (_, url):
+        extract_bank([conversation(1)], out, reader(url))
+        losses.write_text('{"id": "c9", "reason": "traits"}\n')
+        for damage in (b"{broken\n", b"[" * 100_000 + b"\n"):
+            out.write_bytes(damage)
+            with pytest.raises(ProfileFormatError, match="line 1"):
+                extract_bank([conversation(1)], out, reader(url), resume=True, retry_dropped=True)
+    assert ids(losses) == ["c9"]
+
+
+def test_a_generators_broken_unicode_is_no_profile(tmp_path: Path) -> None:
+    broken = "You trade \ud83d.\n\nYou are brief."
+    source = Distilled(ProfileGenerator(ScriptedBackend([broken, "You sew.\n\nYou ramble.", broken])), "tiny-1")
+    out = tmp_path / "silver.jsonl"
+    tally = extract_bank([conversation(0), conversation(1)], out, source)
+    assert (tally.kept, tally.dropped.total(), ids(out)) == (1, 1, ["c1"])

@@ -267,3 +267,19 @@ def test_on_a_real_model_a_long_conversation_fits() -> None:
     first, alone = generator.generate([long, talk("hi")]), generator.generate([long])
     assert not isinstance(first[0], BackendError)
     assert first[0] == alone[0]
+
+
+def test_a_long_conversation_is_fitted_in_few_tries() -> None:
+    tries = 0
+
+    def count(text: str) -> int:
+        nonlocal tries
+        tries += 1
+        return len(text) // 4
+
+    turns = [f"question {i} of one who never stops asking about their garden and its weeds" for i in range(2000)]
+    kept = fit_turns(turns, 416, count)
+    assert kept == [turn[:63].rstrip() + "…" for turn in turns[-len(kept) :]]  # the latest turns stay
+    assert sum(count(m["content"]) for m in profile_messages(kept)) <= 416
+    assert sum(count(m["content"]) for m in profile_messages([turns[0][:63] + "…", *kept])) > 416  # and no more could
+    assert tries < 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -279,3 +280,18 @@ def test_private_data_is_masked(text: str, masked: str) -> None:
 )
 def test_what_is_no_private_data_stays(text: str) -> None:
     assert pii.mask(text) == text
+
+
+@pytest.mark.parametrize("filler", [" ", ".", "\n"])
+def test_an_endless_answer_is_judged_at_once(filler: str) -> None:
+    # A server that overlooks max_tokens, or a model that repeats itself: quadratic patterns would take a quarter of an hour.
+    long = filler * 200_000 + "x"
+    start = time.perf_counter()
+    assert not schema.meaningless(long)
+    assert schema._claim(long).text == long.strip()
+    with pytest.raises(MalformedOutputError):
+        schema.parse_paragraphs(f"{long}\n\n{long}")
+    said = Dialogue.of([{"role": "user", "content": "a b c d e f " * 10_000}])
+    claims = {"age": (Claim("Likely old", "z y x w v u " * 10_000),)}
+    assert own_claims(claims, said) == (claims, 0)
+    assert time.perf_counter() - start < 5

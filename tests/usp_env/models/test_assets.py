@@ -293,3 +293,39 @@ def test_smollm2_is_whole_and_speaks_english():
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(reply) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_nothing_is_merged_into_a_damaged_base(toy, monkeypatch):
+    folder = assets.fetch(["toy"])["toy"]
+    monkeypatch.setitem(
+        assets.ASSETS, "half", assets.Asset("half", "usp-env", "1", toy.sha256, "", "MIT", "adapters/usp-mini-sft", base="toy")
+    )
+    monkeypatch.setattr(assets, "_sha256", lambda file, real=assets._sha256: toy.sha256 if "adapter" in file.name else real(file))
+    monkeypatch.setattr(assets, "merge_adapter", lambda base, adapter, new: pytest.fail("merged into a damaged base"))
+    (folder / "a.txt").write_text("edited")
+    with pytest.raises(UspError, match=r"its base toy is damaged \(a.txt\); `usp-env fetch toy --force`"):
+        assets.fetch(["half"])
+    assert not assets.available("half")
+    for damage in ("", "[]", "{}", '{"files": 1}'):
+        (folder / "manifest.json").write_text(damage)
+        with pytest.raises(UspError, match="expected the manifest of toy, it is damaged"):
+            assets.verify("toy")
+    assets.fetch(["toy"], force=True)
+    assert assets.verify("toy") == []
+
+
+def test_a_full_disk_while_weights_are_made_is_told(toy, monkeypatch):
+    safetensors = pytest.importorskip("safetensors")
+    assets.fetch(["toy"])
+    monkeypatch.setitem(
+        assets.ASSETS, "half", assets.Asset("half", "usp-env", "1", toy.sha256, "", "MIT", "adapters/usp-mini-sft", base="toy")
+    )
+    monkeypatch.setattr(assets, "_sha256", lambda file, real=assets._sha256: toy.sha256 if "adapter" in file.name else real(file))
+
+    def full(base, adapter, new):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(assets, "merge_adapter", full)
+    with pytest.raises(UspError, match="half: its weights cannot be made in .*No space left"):
+        assets.fetch(["half"])
+    assert leftovers() == ["toy-1.0"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -132,3 +133,27 @@ def test_minilm_gives_the_shipped_embeddings():
     sampler = load_sampler("sharegpt", "val")
     vectors = embedders.load("minilm")([str(profile) for profile in sampler.bank[:8]])
     np.testing.assert_allclose(vectors, sampler.embeddings_[:8], atol=1e-3)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("kept", [0, 100])
+def test_weights_that_are_cut_off(tiny, tmp_path, monkeypatch, file, kept):
+    from usp_env.backends import load
+    from usp_env.backends.spec import parse
+    from usp_env.models import assets, hub
+
+    folder = tmp_path / f"minilm-{assets.ASSETS['minilm'].version}"
+    shutil.copytree(tiny, folder)
+    (folder / "manifest.json").write_text("{}")
+    (folder / file).write_bytes((folder / file).read_bytes()[:kept])
+    monkeypatch.setenv("USP_ENV_HOME", str(tmp_path))
+    for loaded in (lambda: embedders._load.__wrapped__("minilm"), lambda: load(parse("minilm"))):
+        with pytest.raises(MissingAssetError, match="`usp-env fetch minilm --force` brings it again"):
+            loaded()
+    with pytest.raises(MissingAssetError, match="cannot be read"):
+        hub.detector(str(folder))
+
+
+def test_a_lone_surrogate_is_refused_by_name(tiny):
+    with pytest.raises(SpecError, match="lone surrogate at character 4"):
+        embedders.load(tiny)(["you", "cook\ud800"])

@@ -325,3 +325,13 @@ def test_the_gate_of_the_answer_scorer() -> None:
     x[:, pairs.FEATURES.index("cos max")] = [0.3, 0.3 + np.log(3) / 12, -1]
     np.testing.assert_allclose(scorers.about(x, (12.0, 0.3)), [0.5, 0.75, 1 / (1 + np.exp(15.6))])
     assert scorers.about(x, None).tolist() == [1, 1, 1]
+
+
+@pytest.mark.assets
+def test_a_lone_surrogate_is_refused_by_name() -> None:
+    pytest.importorskip("torch")
+    for name in ("answer-v1", "answer-v1-twin"):
+        with pytest.raises(SpecError, match="lone surrogate at character 3"):
+            scorers.load(name)(["abc\ud800"], ["a request"])
+    with pytest.raises(SpecError, match="lone surrogate"):
+        scorers.load("facts-v1").explains(["You cook."], ["\udfff"])

@@ -91,6 +91,26 @@ def make_card(first: str = "a", second: str = "b") -> dict[str, Any]:
     }
 
 
+def figures(scorer: str = "human", person: str = "p1") -> dict[str, Any]:
+    """What newer cards hold besides: a detector with two bins, and a map of 2 by 3 cells."""
+    bins = [
+        {"low": 0.0, "high": 10.0, "n": 4, "predicted": 5.0, "share": 25.0, "ci95": [0.0, 50.0]},
+        {"low": 90.0, "high": 100.0, "n": 6, "predicted": 95.0, "share": 100.0, "ci95": [75.0, 100.0]},
+    ]
+    return {
+        "calibration": [{"scorer": scorer, "n": 10, "people": 3, "ece": 11.0, "bins": bins}],
+        "map": {
+            "layout": "umap",
+            "profiles": 102,
+            "held": [95, 50],
+            "x": [0.0, 3.0],
+            "y": [0.0, 2.0],
+            "shades": ["011", "121"],
+            "people": {person: [1.5, 0.5]},
+        },
+    }
+
+
 SCORES = [
     {"user": "a", "level": "conversation", "user_turns": 1.0},
     {"user": "a", "level": "conversation", "user_turns": 3.0},
@@ -209,6 +229,43 @@ def test_the_curves() -> None:
     assert card_plots.turn_chart([], styles) is None
 
 
+def test_the_calibration_by_hand() -> None:
+    drawn = card_plots.calibration_chart({**make_card(), **figures()}, {"a": "s0", "b": "s1"})  # type: ignore[typeddict-item]
+    assert drawn is not None
+    ideal, one = drawn.curves
+    assert (ideal.path, ideal.dots) == ("M40 184L326 8", [])  # 0 to 100 over 40…326 and 184…8
+    assert one.path == "M54.3 140L311.7 8"
+    assert one.bars == "M54.3 96V184M311.7 8V52"
+    assert one.band == ""
+    assert [hollow for _, _, hollow, _ in one.dots] == [True, False]
+    assert one.dots[0][3] == "human, P 0 to 10 %: mean 5.00, people's 25.00 [0.00, 50.00], 4 texts"
+    assert drawn.key == [("human", "s2")]  # a style that no user has
+    assert "(ECE): human 11.00 %. 10 texts of 3 real conversations" in drawn.note
+
+
+def test_the_map_by_hand() -> None:
+    drawn = card_plots.map_chart({**make_card(), **figures()})  # type: ignore[typeddict-item]
+    assert drawn is not None
+    # 2 units over 176 up, so 3 over 264 of the 286 across: a cell is 88 wide and high, the first begins 11 from the left.
+    assert drawn.shades == ["M139 96H315V8H139zM51 184H315V96H51z", "M139 184H227V96H139z"]
+    (people,) = drawn.curves
+    assert (people.path, people.dots) == ("", [(183.0, 140.0, False, "person p1")])
+    assert "Dots: the 1 evaluated people. Shades, from the inmost: where the densest 50 and 95 % of the 102" in drawn.note
+
+
+def test_newer_figures_are_drawn_and_older_cards_do_without() -> None:
+    old, new = make_card(), {**make_card(), **figures()}
+    titles = "Calibration of the human-likeness detector", "Evaluated people on the density map"
+    for card, shown in ((old, False), (new, True)):
+        found = Page(page.render_card(card, {}, SCORES))
+        told = " ".join(found.text.split())
+        assert [title in told for title in titles] == [shown, shown]
+        assert len([tag for tag in found.of("svg") if tag.get("class") == "plot"]) == 3 + 2 * shown
+        assert "shades" not in told  # they are no settings of the run
+    assert len([tag for tag in found.of("path") if tag.get("class") == "shade"]) == 2
+    assert len([tag for tag in found.of("path") if str(tag.get("class")).startswith("bars")]) == 1
+
+
 def test_charts_leave_out_what_is_no_number() -> None:
     points = [plots.Point(1, 5.0, "x", 4.0, 6.0), plots.Point(2, float("inf"), "y"), plots.Point(3, 5.0, "z", 4.0, 6.0)]
     drawn = plots.chart("t", [plots.Series("a", "s0", points)], ("x", "y"), y_limits=(5, 5))
@@ -242,6 +299,8 @@ def test_every_field_of_a_hostile_card_is_escaped() -> None:
         evil[key] = EVIL
     evil["users"][EVIL]["invalid"] = {EVIL: {EVIL: 1}}
     evil["users"][EVIL]["conversation"]["sem_sim"] |= {"scorer": EVIL, "note": EVIL, "unit": EVIL}
+    evil |= figures(EVIL, EVIL)
+    evil["map"]["layout"] = EVIL
     cost = {"users": {EVIL: {EVIL: {EVIL: {"seconds": 1.0}}}}, "scoring_seconds": EVIL}
     scores = [
         {"user": EVIL, "level": "conversation", "user_turns": 2},
@@ -306,5 +365,9 @@ def test_damaged_cards_are_named(tmp_path: Path) -> None:
     for broken in ("bank", "people", "seeds", "versions"):
         (tmp_path / "card.json").write_text(json.dumps({key: value for key, value in whole.items() if key != broken}), "utf-8")
         with pytest.raises(UspError, match=f"damaged.*{broken}"):
+            page.write_card_page(tmp_path)
+    for broken in ("calibration", "map"):
+        (tmp_path / "card.json").write_text(json.dumps({**whole, broken: [{}]}), "utf-8")
+        with pytest.raises(UspError, match="damaged"):
             page.write_card_page(tmp_path)
     assert not (tmp_path / "report.html").exists()

@@ -151,3 +151,8 @@ def test_the_real_embedder_prefers_the_person_who_spoke() -> None:
 
     right, wrong = cycle_consistency([(own, read), (other, read)], embedders.load("minilm"))
     assert right > 0.6 > 0.4 > wrong
+
+
+def test_blank_turns_say_nothing() -> None:
+    generator = ProfileGenerator(ScriptedBackend(["You cook.\n\nYou are terse."]))
+    assert CycleConsistency(generator, Axes())([COOK], [talk(" \n", "Hello?", "")]) == [None]

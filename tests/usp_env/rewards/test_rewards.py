@@ -357,3 +357,8 @@ def test_imports(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_when_is_checked() -> None:
     with pytest.raises(SpecError, match="'turn' or 'end', got 'sometimes'"):
         make_reward(Fixed("odd", None, "sometimes"), "assistant")
+
+
+def test_an_expression_of_bytes_that_are_no_text() -> None:
+    with pytest.raises(SpecError, match="expected valid Unicode"):
+        make_reward("goal+\udcff", "assistant")  # how a shell hands over a byte that is no UTF-8

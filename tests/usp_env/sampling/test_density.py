@@ -13,7 +13,7 @@ import pytest
 
 from usp_env.errors import MissingAssetError, SpecError, UnknownNameError
 from usp_env.profiles import Profile, ProfileBank
-from usp_env.sampling import DensitySampler, Sampler, load_sampler
+from usp_env.sampling import DensitySampler, Sampler, load_fitted, load_sampler
 from usp_env.sampling.density import bank_digest
 from usp_env.sampling.layout import pca_layout, umap_layout
 
@@ -313,10 +313,12 @@ def own_bank(make_bank, embed, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:12 profiles are too few for UMAP")
 def test_other_banks_are_fitted_once_and_kept(own_bank, tmp_path):
     path, calls = own_bank
+    assert load_fitted(path) is None
+    assert not (tmp_path / "home").exists()
     first = load_sampler(path)  # a bank without splits is taken whole
     again = load_sampler(path)
     assert calls == ["auto"]
-    assert again.digest == first.digest
+    assert again.digest == load_fitted(path).digest == first.digest
     assert [f.stem for f in (tmp_path / "home" / "samplers").iterdir()] == [bank_digest(first.bank)]
     path.write_text(path.read_text("utf-8").replace("dish 3.", "dish three."), "utf-8")
     assert load_sampler(path).digest != first.digest
