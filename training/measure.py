@@ -2,8 +2,8 @@
 
     python -m training.measure human style facts answers [--split test] [--cache FOLDER] [--out FILE.json]
 
-The same questions to the same weights as when they were trained (`docs/models/`), so the same figures, but for the rounding of
-another machine. Half an hour on 2 cores for all four, most of it for `facts`.
+The same kind of questions to the same weights as when they were trained (`docs/models/`). Figures differ a little where negatives
+are drawn from a pool that has lost people since (those who pasted a held-out person's text).
 """
 
 from __future__ import annotations
