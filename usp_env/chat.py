@@ -158,7 +158,8 @@ class _Screen:
         from usp_env.report.terminal import STYLES
         from usp_env.report.terminal import text as safe
 
-        self.last = text
+        if who != "note":  # a note in between does not make the partner's last words unseen
+            self.last = text
         style = STYLES.get(who, "dim" if who == "note" else "bold yellow")
         self.console.print(safe((text, style)) if who == "note" else safe((f"{who}> ", style), text))
 

@@ -1,4 +1,4 @@
-"""The commands: usp-env fetch | play | chat | show | score | profiles | check | report.
+"""The commands: usp-env fetch | play | chat | show | score | profiles | evaluate | benchmark | check | report.
 
     usp-env play --user usp-mini --assistant smollm2-135m --episodes 6 --population all --seed 0 --out runs/x
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from usp_env import backends, commands_benchmark, commands_evaluate, commands_profiles
 from usp_env.backends.base import Backend
 from usp_env.backends.spec import ModelSpec
@@ -250,6 +248,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     """`usp-env score`."""
+    from usp_env.report.facts import spread
     from usp_env.rewards.base import make_reward
 
     transcripts = read_transcripts(arguments.run, torn="skip")
@@ -267,8 +266,9 @@ def score(arguments: argparse.Namespace) -> int:
         flat = " ".join(f"{name}={value:.3f}" for name, value in terms.flat.items()) if terms else ""
         say(f"{t.episode_id}  {t.population:9} {f'{terms.value:.3f}' if terms else 'not scorable'}  {flat}")
     values = [terms.value for _, terms in rows if terms]
-    spread = f"mean {np.mean(values):.3f} ± {np.std(values):.3f} (sd)" if values else "no value"
-    say(f"{arguments.reward}: {spread}, {len(values)} of {len(rows)} scored")
+    mean, deviation = spread(values)  # as in the viewers
+    told = "no value" if mean is None else f"mean {mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f} (sd)")
+    say(f"{arguments.reward}: {told}, {len(values)} of {len(rows)} scored")
     if arguments.out:
         records = [{"episode_id": t.episode_id, "value": x and x.value, "terms": x and x.flat} for t, x in rows]
         Path(arguments.out).write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")

@@ -98,7 +98,8 @@ def show(arguments: argparse.Namespace) -> int:
         return 0
     for split in sorted({profile.split or "none" for profile in bank}):
         say(f"{bank.name}: {sum((profile.split or 'none') == split for profile in bank):6} profiles in {split}")
-    say(f"e.g. usp-env profiles show {bank[0].id}")
+    where = "" if arguments.bank == "sharegpt" else f" --bank {arguments.bank}"
+    say(f"e.g. usp-env profiles show {bank[0].id}{where}")
     return 0
 
 

@@ -6,10 +6,12 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from usp_env import assistants
+from usp_env.chat import _Screen
 from usp_env.cli import main
 from usp_env.dialogue import Dialogue, Message, View
 from usp_env.env import DialogueEnv
@@ -265,3 +267,12 @@ def test_a_conversation_stopped_after_its_line_was_written_is_not_written_twice(
         assert (status, "has ended" in error) == (2, True)
         assert (out / "transcripts.jsonl").read_bytes() == written
         assert not (out / "chat.json").exists()
+
+
+def test_a_note_does_not_hide_what_was_seen() -> None:
+    """The partner's last words are printed at the end only where they were not shown before."""
+    printed: list[str] = []
+    screen = _Screen(SimpleNamespace(print=lambda *text: printed.append("".join(map(str, text)))))
+    screen.show("assistant", "Hello!")
+    screen.show("note", "/help and the rest")
+    assert screen.last == "Hello!"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,8 @@ def test_score_takes_a_function_of_your_own(
     )
     assert status == 0
     assert "3 of 3 scored" in text
+    values = [json.loads(line)["value"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert f"mean {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} (sd)" in text  # as the viewers have it
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().split("\n")[:-1]]
     assert all(score["value"] == score["terms"]["turns"] >= 2 for score in scores)
 
