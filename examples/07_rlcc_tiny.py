@@ -8,7 +8,6 @@ Real runs: `python -m training.rlcc`. `training` runs from a checkout: start thi
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,8 @@ from agents.speaker import TokenSpeaker, user_prefix
 from training.learner import Learner
 from training.policies import load_actor
 from training.rlcc_options import parser, settings
-from training.rollouts import roll_out, specs_of
+from training.rollouts import late, roll_out, specs_of
+from training.run_log import Clock
 from usp_env import assistants
 from usp_env.backends.base import Sampling
 from usp_env.backends.hf import HFBackend
@@ -53,16 +53,16 @@ def main() -> None:
     speaker = TokenSpeaker(engine, Renderer(tokenizer), user_prefix(), sampling=Sampling(max_tokens=32), adapter="policy")
     partner, sampler = assistants.load("smollm2-135m?max_tokens=32"), load_sampler("sharegpt")
     reward = WeightedSum(((0.8, CycleConsistency(SimpleNamespace(generate=reflect))), (0.2, HumanLikeness())))
-    conductor = make_conductor(partner, sampler, reward, "user", max_turns=2)
+    conductor = late(make_conductor(partner, sampler, reward, "user", max_turns=2))
     pool = sampler.sample(64, "virtual", np.random.default_rng(0))  # a real run takes the novelty pool
 
     for step in range(options.updates):
-        start = time.perf_counter()
-        play = roll_out(conductor, speaker, specs_of(pool, step, 4, seed=0))  # talk, reflect, score
-        rollout = time.perf_counter() - start
+        clock = Clock()
+        play = roll_out(conductor, speaker, specs_of(pool, step, 4, seed=0), clock=clock)  # talk, reflect, score
         stats = learner.update(play.rows, play.credit, step, options.updates)
         engine.forget()  # keys and values of the weights that were
-        print(f"\n── update {step + 1}: rollout {rollout:.0f} s, learning {time.perf_counter() - start - rollout:.0f} s")
+        seconds = {name: took for name, took in {**clock.laps, **stats}.items() if name.endswith("_seconds")}
+        print(f"\n── update {step + 1}:", ", ".join(f"{name} {took:.1f}" for name, took in seconds.items()))
         for one in play.scored[:1]:
             for message in one.messages:
                 print(f"{message.role:>9}: {message.content!r:.110}")

@@ -29,8 +29,10 @@ def average(folders: Sequence[Path], out: Path, model: str, rank: int) -> None:
         rank: Of the mean: by its largest singular values, the nearest matrices of that rank.
 
     Raises:
-        SpecError: The adapters train different layers.
+        SpecError: A folder holds no adapter, or the adapters train different layers.
     """
+    if missing := [str(folder) for folder in folders if not (folder / "adapter_config.json").is_file()]:
+        raise SpecError(f"{', '.join(missing)}: expected the folder of an adapter, as training.sft leaves in OUT/final")
     import peft
     import transformers
 

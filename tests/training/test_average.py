@@ -68,3 +68,8 @@ def test_adapters_of_other_layers_are_refused(base, tmp_path) -> None:
     runs = [adapter(base, tmp_path / "a", 1), adapter(base, tmp_path / "b", 2, layers=(0,))]
     with pytest.raises(SpecError, match="expected adapters of the same layers"):
         average.average(runs, tmp_path / "mean", str(base), rank=4)
+
+
+def test_a_folder_without_an_adapter_is_named_before_anything_is_loaded(tmp_path) -> None:
+    with pytest.raises(SpecError, match="nowhere: expected the folder of an adapter"):
+        average.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--model", str(tmp_path / "no-base")])
