@@ -321,7 +321,7 @@ def test_a_model_that_fails_is_502(word: str) -> None:
 
 def test_contents_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    logging.getLogger("asyncio").setLevel(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="asyncio")
     secret = "my key is sk-12345"
     with running(Models().reward) as (_, port):
         for word in ("", "CRASH", "LOST", "DOWN", "UNREADABLE"):
